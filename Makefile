@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Both set everything up first; setup does nothing when
+# nothing changed.
+PYTHON ?= python3.11
+VENV ?= .venv
+# Arguments that choose another build of torch, for instance a CUDA one (see README).
+TORCH_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt
+PYTEST_ARGS ?=
+
+.PHONY: demo test check setup clean
+
+demo: setup
+	$(BIN)/understudy distill digits --out runs/demo
+
+test: check
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH_ARGS) torch==2.13.0
+	$(PIP) --editable '.[dev]'
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

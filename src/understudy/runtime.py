@@ -1,0 +1,123 @@
+"""Seeds, threads and the facts about the machine that every record carries."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RECORDED_PACKAGES = (
+    "understudy",
+    "torch",
+    "numpy",
+    "lightning-fabric",
+    "datasets",
+    "kornia",
+    "zarr",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "safetensors",
+    "scikit-learn",
+)
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """Return a 63-bit seed for one named purpose, independent between purposes.
+
+    One recipe seed feeds weights, sampling, views and dropout; hashing the purpose into it keeps
+    those streams independent of each other and of the order in which they are drawn.
+    """
+    text = "/".join([str(seed), *map(str, names)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+@cache
+def processor_name() -> str:
+    """Return the processor's marketing name, or the architecture where it is not known."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def num_usable_cores() -> int:
+    """Return how many processors this process may run on (cgroup and affinity aware)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Return name to version of the packages that can change a result."""
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@cache
+def hardware_facts() -> dict[str, Any]:
+    """Return processor, core count, memory in bytes, system and (if torch is loaded) the GPU."""
+    import psutil
+
+    facts: dict[str, Any] = {
+        "processor": processor_name(),
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "num_cores": num_usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident set of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C or a termination signal came in.
+
+    A loop that asks between two updates can save a consistent state first. A second signal
+    interrupts at once. Outside the main thread signals cannot be caught and the answer is no.
+    """
+    requested = False
+
+    def note(signal_number: int, frame: Any) -> None:
+        nonlocal requested
+        if requested:
+            raise KeyboardInterrupt
+        requested = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
