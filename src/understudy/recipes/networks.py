@@ -1,0 +1,82 @@
+"""Networks as a recipe describes them: built, with normalisation inside, with their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from understudy.artifacts import Record
+from understudy.models.build import NormalizedModel, build_network
+from understudy.models.load import class_order
+from understudy.models.onnx_model import OnnxModel
+from understudy.recipes.run import Run
+from understudy.recipes.schema import ModelSection
+from understudy.runtime import derive_seed
+
+WEIGHTS_NAME = "model.safetensors"
+
+
+def channel_statistics(run: Run) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel over (at most 10,000) training images."""
+    indices_N = run.splits.train[:10_000]
+    sums = torch.zeros(2, run.source.image_shape[0], dtype=torch.float64)
+    count = 0
+    for images_NCHW in run.source.iter_images(torch.split(indices_N, 1000)):
+        pixels = images_NCHW.double() / 255
+        sums += torch.stack([pixels.sum((0, 2, 3)), pixels.square().sum((0, 2, 3))])
+        count += pixels[:, 0].numel()
+    mean, mean_square = sums / count
+    deviation = (mean_square - mean.square()).clamp_min(1e-12).sqrt()
+    return mean.tolist(), deviation.tolist()
+
+
+def build_model(run: Run, section: ModelSection, role: str) -> NormalizedModel:
+    """Return a new network with normalisation inside, initialised from the seed of its role.
+
+    Student and control have the same first weights: they differ in the teacher only.
+    """
+    lineage = "teacher" if role == "teacher" else "student"
+    torch.manual_seed(derive_seed(run.recipe.seed, "weights", lineage))
+    num_classes, image_shape = len(run.source.class_names), run.source.image_shape
+    network: nn.Module
+    if is_onnx(section):
+        network = OnnxModel(Path(section.name), num_classes=num_classes, image_shape=image_shape)
+    else:
+        network = build_network(
+            section.name,
+            num_classes=num_classes,
+            image_shape=image_shape,
+            arguments=section.arguments,
+        )
+    if section.normalization is not None:
+        mean, std = list(section.normalization.mean), list(section.normalization.std)
+    elif is_onnx(section):
+        # A black box usually holds its normalisation.
+        mean, std = [0.0] * image_shape[0], [1.0] * image_shape[0]
+    else:
+        mean, std = channel_statistics(run)
+    order = None
+    color_order: Literal["rgb", "bgr"] = "rgb"
+    if role == "teacher":
+        color_order = run.recipe.teacher.color_order
+        if run.recipe.teacher.class_names is not None:
+            order = class_order(run.recipe.teacher.class_names, run.source.class_names)
+    return NormalizedModel(network, mean=mean, std=std, color_order=color_order, output_order=order)
+
+
+def trained_model(run: Run, role: str, record: Record) -> NormalizedModel:
+    """Return teacher, student or control with the weights of its record, in eval mode."""
+    section = run.recipe.teacher.model if role == "teacher" else run.recipe.student.model
+    model = build_model(run, section, role)
+    if not is_onnx(section):
+        model.load_state_dict(load_file(run.folder / record.kind / WEIGHTS_NAME))
+    return model.eval()
+
+
+def is_onnx(section: ModelSection) -> bool:
+    """Return whether the network is a black box in an ONNX file."""
+    return section.name.endswith(".onnx")

@@ -1,0 +1,120 @@
+"""Stage 7, the report: budget, coded checks, one HTML page, JSON and Markdown from the records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from understudy.artifacts import Record, content_hash
+from understudy.evaluate.budget import BudgetFacts, check_budget
+from understudy.recipes.run import Run
+from understudy.report.render import write_report
+from understudy.report.results import RunResults
+
+COST_FIELDS = ("num_params", "macs", "weight_bytes", "peak_activation_bytes")
+STAGES = ("split", "teacher", "labels", "student", "control", "evaluation", "export")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        results: every figure, typed.
+        page: the HTML report.
+        budget_missed: a limit of the budget is not kept (exit code 3).
+    """
+
+    results: RunResults
+    page: Path
+    budget_missed: bool
+
+
+def report(run: Run) -> Outcome:
+    """Write ``report/report.html``, ``report.json`` and ``report.md`` from the run's records."""
+    results = gather_results(run)
+    files = write_report(results, run.folder / "report")
+    missed = any(row.status == "failed" for row in results.budget)
+    return Outcome(results, files.html, missed)
+
+
+def gather_results(run: Run) -> RunResults:
+    """Return everything the report says, from the records of the stages before."""
+    commands = {"split": "teach", "teacher": "teach", "labels": "label", "student": "train"}
+    commands |= {"control": "train", "evaluation": "evaluate", "export": "export"}
+    kinds = [kind for kind in STAGES if kind != "control" or run.recipe.control]
+    records = {kind: run.parent(kind, commands[kind]) for kind in kinds}
+    roles = [role for role in ("teacher", "student", "control") if role in records]
+    evaluation, exported = records["evaluation"].payload, records["export"]
+    hours: dict[str, float] = {
+        role: records[role].timing["train_seconds"] / 3600
+        for role in roles
+        if "train_seconds" in records[role].timing
+    }
+    latency, memory = exported.timing["latency"], exported.timing["memory"]
+    split, student = records["split"].payload, records["student"]
+    recipe = run.recipe.model_dump(mode="json")
+    values = {
+        "run_name": run.recipe.name,
+        "created": records["evaluation"].created,
+        "seed": run.recipe.seed,
+        "recipe": recipe,
+        "recipe_hash": content_hash(recipe),
+        "versions": student.versions,
+        "hardware": student.hardware,
+        "data": {**split, "num_skipped": num_skipped(split)},
+        "models": {role: model_facts(run, role, evaluation, exported) for role in roles},
+        "metrics": evaluation["metrics"],
+        "curves": {r: records[r].timing["rows"] for r in roles if "rows" in records[r].timing},
+        "parity": exported.payload["parity"],
+        "measurements": latency["measurements"],
+        "peak_memory_bytes": memory["peak_memory_bytes"],
+        "baseline_memory_bytes": memory["baseline_memory_bytes"],
+        "budget": budget_rows(run, records, hours),
+        "mistakes": evaluation["mistakes"],
+        "stages": [
+            {
+                "name": kind,
+                "seconds": record.timing.get("stage_seconds", 0.0),
+                "reused": kind in run.reused,
+            }
+            for kind, record in records.items()
+        ],
+        "training_hours": hours,
+        "student_vs_control": evaluation["paired"],
+        "teacher_confidence": records["labels"].payload["mean_confidence"],
+    }
+    return RunResults.from_values(values)
+
+
+def num_skipped(split: dict[str, Any]) -> int:
+    """Return how many rows were left out because something is wrong with them."""
+    return len({(issue["split"], issue["row"]) for issue in split["issues"] if issue["row"] >= 0})
+
+
+def model_facts(
+    run: Run, role: str, evaluation: dict[str, Any], exported: Record
+) -> dict[str, Any]:
+    """Return name and costs of one network; only the student has an exported file."""
+    section = run.recipe.teacher.model if role == "teacher" else run.recipe.student.model
+    cost = evaluation["costs"][role] or {}
+    facts = {name: cost.get(name) for name in COST_FIELDS}
+    file_bytes = exported.payload["facts"]["size_bytes"] if role == "student" else None
+    return {"name": section.name, **facts, "file_bytes": file_bytes}
+
+
+def budget_rows(
+    run: Run, records: dict[str, Record], hours: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return one row for each limit of the budget."""
+    exported = records["export"]
+    facts = BudgetFacts(
+        num_params=records["evaluation"].payload["costs"]["student"]["num_params"],
+        model_size_bytes=exported.payload["facts"]["size_bytes"],
+        measurements=exported.timing["latency"]["measurements"],
+        peak_memory_bytes=exported.timing["memory"]["peak_memory_bytes"],
+        train_hours=hours["student"],
+    )
+    return [row.to_json() for row in check_budget(run.recipe.budget, facts=facts)]

@@ -1,0 +1,62 @@
+"""The optimiser and the averaged copy of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from understudy.train.settings import Optimizer
+
+EMA_WARMUP = 10
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def build_optimizer(network: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum, or AdamW, for the trainable parameters.
+
+    Weight decay is left off one-dimensional parameters (biases, norm scales), as is usual since
+    Goyal et al. 2017, section 5.1.
+    """
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=settings.learning_rate, betas=settings.betas, fused=True
+        )
+    return torch.optim.SGD(
+        groups,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+        fused=True,
+    )
+
+
+def averaged_copy(network: nn.Module, decay: float) -> AveragedModel:
+    """Return an exponential moving average of the network's weights and running statistics.
+
+    The decay of update n is ``min(decay, (1 + n) / (10 + n))``: without this warm-up the random
+    first weights would stay in the average of a short training.
+    """
+    return AveragedModel(network, multi_avg_fn=_moving_average(decay), use_buffers=True)
+
+
+def _moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    @torch.no_grad()
+    def average(averaged: Tensors, current: Tensors, num_averaged: Tensor | int) -> None:
+        count = int(num_averaged)
+        weight = 1 - min(decay, (1 + count) / (EMA_WARMUP + count))
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, weight)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return average

@@ -1,0 +1,107 @@
+"""Recipes are validated whole: every problem at once, each with its mend."""
+
+import pytest
+
+from understudy.errors import RecipeError
+from understudy.recipes.files import apply_change, copy_recipe, load_recipe, shipped_recipes
+from understudy.recipes.schema import parse_recipe
+
+
+def small_recipe(**changes):
+    values = {
+        "teacher": {"model": {"name": "mlp"}, "training": {"num_epochs": 2}},
+        "student": {"model": {"name": "mlp"}},
+    }
+    values.update(changes)
+    return values
+
+
+def test_five_mistakes_are_listed_at_once():
+    values = small_recipe(
+        nmae="x",
+        seed=-1,
+        training={"num_epoch": 3, "batch_size": "many"},
+        distillation={"temperature": 0},
+    )
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(values)
+    assert len(caught.value.problems) == 5
+    text = str(caught.value)
+    assert "unknown key `nmae`" in text
+    assert "Did you mean `name`?" in text
+    assert "unknown key `training.num_epoch`" in text
+    assert "Did you mean `num_epochs`?" in text
+    assert "`seed` is -1" in text
+    assert "`training.batch_size` is 'many'" in text
+    assert "`distillation.temperature` is 0" in text
+
+
+def test_a_schedule_is_told_from_a_number():
+    recipe = parse_recipe(
+        small_recipe(distillation={"temperature": {"start": 8, "end": 2}, "kl_weight": 1})
+    )
+    assert recipe.distillation.temperature.start == 8
+    with pytest.raises(RecipeError, match=r"unknown key `distillation.kl_weight.shpe`.*`shape`"):
+        parse_recipe(small_recipe(distillation={"kl_weight": {"start": 1, "end": 0, "shpe": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": {"model": {"name": "mlp"}}}, "give its weights"),
+        (
+            {"teacher": {"model": {"name": "mlp"}, "checkpoint": "a.pt", "training": {}}},
+            "either checkpoint or training",
+        ),
+        ({"distillation": {"kl_weight": 0, "ce_weight": 0}}, "nothing to learn"),
+        ({"training": {"batch_size": 10, "num_micro_batches": 3}}, "not a multiple"),
+        ({"training": {"learning_rate_schedule": {"warmup_epochs": 99}}}, "warmup_epochs"),
+        ({"budget": {"latency_ms": {"batch": 1}}}, "`budget.latency_ms.at_most` is missing"),
+        ({"name": "../escape"}, "`name`"),
+        ({"data": {"test_fraction": 1.5}}, "less than 1"),
+        ({"training": {"clip_norm": float("nan")}}, "finite"),
+    ],
+)
+def test_impossible_values(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(small_recipe(**changes))
+
+
+def test_set_changes_nested_values_and_lists():
+    values = {"views": {"transforms": [{"flip": {}}]}, "training": {"num_epochs": 1}}
+    apply_change(values, "training.num_epochs=7")
+    apply_change(values, "views.transforms.0.flip.probability=0.25")
+    apply_change(values, "budget.latency_ms.at_most=50")
+    apply_change(values, "student.model.arguments={widths: [8, 16]}")
+    assert values["training"]["num_epochs"] == 7
+    assert values["views"]["transforms"] == [{"flip": {"probability": 0.25}}]
+    assert values["budget"] == {"latency_ms": {"at_most": 50}}
+    assert values["student"]["model"]["arguments"] == {"widths": [8, 16]}
+
+
+@pytest.mark.parametrize("change", ["training", "=3", "a..b=1", "views.transforms.4.flip=1"])
+def test_set_says_what_is_wrong(change):
+    with pytest.raises(RecipeError, match="--set"):
+        apply_change({"views": {"transforms": []}}, change)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(RecipeError, match="there is no recipe at"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(RecipeError, match="no shipped recipe named digit; expected one of"):
+        load_recipe("digit")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1,")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        load_recipe(broken)
+    broken.write_text("- 1")
+    with pytest.raises(RecipeError, match="holds list; expected a mapping"):
+        load_recipe(broken)
+
+
+def test_shipped_recipes_can_be_copied_and_never_overwrite(tmp_path):
+    assert {"digits", "cifar10"} <= set(shipped_recipes())
+    path = copy_recipe("digits", tmp_path)
+    assert load_recipe(path) == load_recipe("digits")
+    with pytest.raises(RecipeError, match="exists; expected a new file"):
+        copy_recipe("digits", tmp_path)
