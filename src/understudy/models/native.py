@@ -1,0 +1,108 @@
+"""The training kernels of ``kernels.c``, compiled for this machine at first use.
+
+They are an acceleration and nothing else: without a C compiler, on a processor they were not made
+for, or with ``UNDERSTUDY_NATIVE=0``, the callers compute the same with PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from understudy.artifacts import atomic_path
+from understudy.runtime import processor_name
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC")
+_LOG = logging.getLogger(__name__)
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+_WORD = ctypes.c_uint32
+_MASK = [_WORD, _WORD, _INT, _FLOAT, _FLOAT, _INT]
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "convolve": (_INT, [_POINTER] * 4 + [_INT] * 6),
+    "weight_gradient": (_INT, [_POINTER] * 4 + [_INT] * 6),
+    "leaky_dropout": (None, [_POINTER] * 3 + [_LONG, *_MASK]),
+    "leaky_dropout_pooled": (None, [_POINTER] * 3 + [_LONG] * 3 + _MASK),
+}
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """Return the compiled kernels, or None where there are none (the reason is logged once)."""
+    if os.environ.get("UNDERSTUDY_NATIVE", "1") == "0":
+        return None
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        # Sixteen floats a vector and 32 registers are what the kernels are laid out for.
+        _LOG.info("native kernels are not used: the processor has no AVX-512")
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        _LOG.info("native kernels are not used: %s", detail)
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
+    return library
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return a tensor's address for a kernel; a null pointer for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _compiled() -> Path:
+    """Return the shared library, compiled unless this source was on this processor before."""
+    command = shlex.split(os.environ.get("CC", "cc"))
+    if shutil.which(command[0]) is None:
+        raise OSError(f"there is no C compiler '{command[0]}'")
+    key = hashlib.sha256(_SOURCE.read_bytes())
+    for part in (*command, *_FLAGS, processor_name(), torch.__version__):
+        key.update(part.encode() + b"\0")
+    name = f"kernels-{key.hexdigest()[:16]}.so"
+    for folder in _cache_folders():
+        path = folder / name
+        if path.is_file():
+            return path
+        try:
+            with atomic_path(path) as temporary:
+                subprocess.run(
+                    [*command, *_FLAGS, str(_SOURCE), "-o", str(temporary)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                    timeout=120,
+                )
+        except OSError:
+            continue  # not writable
+        return path
+    raise OSError("no folder to keep the compiled kernels in can be written to")
+
+
+def _cache_folders() -> list[Path]:
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    # The fallback is this user's own: a library that others could replace must not be loaded.
+    private = Path(tempfile.gettempdir()) / f"understudy-{os.getuid()}"
+    folders = [Path(home) / "understudy"]
+    try:
+        private.mkdir(mode=0o700, exist_ok=True)
+        status = private.lstat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o077 and not private.is_symlink():
+            folders.append(private)
+    except OSError:
+        pass
+    return folders
