@@ -76,6 +76,7 @@ def teacher_inference(run: Run, folder: Path) -> Inference:
         device="cuda" if uses_gpu(run) else "cpu",
         sample_images_NCHW=images_NCHW,
         runtime=path.read_text() if path.exists() else None,
+        num_images=len(run.splits.train) * run.recipe.views.num_views,
     )
     write_text(path, infer.runtime)
     log.info("teacher runs in %s, precision %s", infer.runtime, infer.precision)

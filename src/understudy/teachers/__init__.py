@@ -1,0 +1,1 @@
+"""Teachers: their outputs computed fast, stored exactly, and read back per view."""

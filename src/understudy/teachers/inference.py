@@ -1,0 +1,296 @@
+"""The fastest way to run a given teacher on this machine, and proof that it is still that teacher.
+
+Float32 runtimes are candidates: PyTorch as it stands, PyTorch with batch norm folded into the
+convolutions and channels last, ONNX Runtime. The fastest whose outputs agree with plain PyTorch is
+taken. Bfloat16 and int8 change the outputs materially, so they are only ever chosen by name, and
+their name is part of the address under which outputs are stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from understudy.errors import InputError, problem
+from understudy.runtime import derive_seed
+from understudy.teachers.folding import folded
+
+log = logging.getLogger("understudy")
+
+PRECISIONS = ("auto", "float32", "bfloat16", "int8")
+
+# Largest difference of a logit between float32 runtimes, as a share of the largest logit. Their
+# sums differ in order only: a ResNet-56 gave 5e-7, and float16 storage rounds by up to 5e-4.
+TOLERANCE = 1e-4
+NUM_TIMED_IMAGES = 64
+NUM_TIMED_RUNS = 3
+MIN_CALIBRATION_IMAGES = 32
+
+# A ResNet-56 took 8 s to export and then ran a quarter faster.
+MIN_SECONDS_TO_EXPORT = 40.0
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One runtime as measured on the sample images.
+
+    Attributes:
+        runtime: its name.
+        images_per_second: throughput of its fastest timed run; 0 where it could not be used.
+        max_abs_difference: largest difference of a logit from plain PyTorch.
+        kl: mean KL divergence of its probabilities from plain PyTorch's, in nats.
+        agreement: share of the sample images with the same first class.
+        refusal: why it could not be used; None where it could.
+    """
+
+    runtime: str
+    images_per_second: float = 0.0
+    max_abs_difference: float = 0.0
+    kl: float = 0.0
+    agreement: float = 1.0
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A teacher ready to run: call it with uint8 images NCHW, get float32 logits_NK on the CPU.
+
+    Attributes:
+        precision: "float32", "bfloat16" or "int8": what changes outputs materially, and part of
+            the address of stored outputs.
+        runtime: the candidate that was chosen.
+        candidates: everything that was measured; empty where only one runtime was possible.
+    """
+
+    run: Run
+    precision: str
+    runtime: str
+    candidates: tuple[Candidate, ...]
+
+    def __call__(self, images_NCHW: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.run(images_NCHW).float().cpu()
+
+
+def fast_inference(
+    model: nn.Module,
+    *,
+    image_shape: tuple[int, int, int],
+    precision: str = "auto",
+    device: str = "cpu",
+    sample_images_NCHW: Tensor | None = None,
+    runtime: str | None = None,
+    num_images: int | None = None,
+) -> Inference:
+    """Return the teacher in the fastest runtime of the asked precision.
+
+    Args:
+        model: uint8 images NCHW to logits_NK. It is put into evaluation mode, and copied where a
+            runtime changes it.
+        image_shape: (C, H, W).
+        precision: "auto" measures all float32 runtimes and takes the fastest; "float32" is PyTorch
+            without measuring (the same on every machine); "bfloat16" and "int8" are other numbers.
+        device: "cpu" or a CUDA device.
+        sample_images_NCHW: real images, uint8, to measure on; int8 is calibrated on them.
+            None measures on noise.
+        runtime: the name of the runtime to use, as an earlier call chose it; nothing is measured.
+            Runtimes of one precision differ in the last bits, which a resumed job may not.
+        num_images: how many images are to be run. Exporting to ONNX takes some seconds and is not
+            tried where all of them take less than ``MIN_SECONDS_TO_EXPORT``. None: very many.
+
+    Raises:
+        InputError: unknown precision, int8 without enough real images or on another device, or a
+            runtime that this precision and device do not have.
+    """
+    _check(precision, device, sample_images_NCHW)
+    model = model.eval().to(device)
+    if sample_images_NCHW is None:
+        generator = torch.Generator().manual_seed(derive_seed(0, "inference", "sample"))
+        sample_images_NCHW = torch.randint(
+            256, (NUM_TIMED_IMAGES, *image_shape), dtype=torch.uint8, generator=generator
+        )
+    builders = _builders(model, device, precision, sample_images_NCHW)
+    arithmetic = "float32" if precision == "auto" else precision
+    if runtime is None and precision != "float32":
+        timed_images_NCHW = sample_images_NCHW[:NUM_TIMED_IMAGES]
+        reference = _eager(model, device)
+        return _fastest(builders, reference, timed_images_NCHW, arithmetic, num_images)
+    runtime = runtime or "pytorch"
+    if runtime not in builders:
+        raise InputError(
+            problem(
+                f"the runtime '{runtime}' for precision '{precision}' on '{device}'",
+                expected=", ".join(builders),
+                mend="Leave it out to have the fastest one measured.",
+            )
+        )
+    return Inference(builders[runtime](), arithmetic, runtime, ())
+
+
+def _builders(
+    model: nn.Module, device: str, precision: str, images_NCHW: Tensor
+) -> dict[str, Callable[[], Run]]:
+    if precision == "bfloat16":
+        return {"pytorch bfloat16": lambda: _eager_bfloat16(model, device)}
+    if precision == "int8":
+        return {"onnxruntime int8": lambda: _onnx_int8(model, images_NCHW)}
+    plain: dict[str, Callable[[], Run]] = {"pytorch": lambda: _eager(model, device)}
+    if precision == "float32":
+        return plain
+    plain["pytorch folded channels-last"] = lambda: _eager_folded(model, device)
+    if device == "cpu":
+        plain["onnxruntime"] = lambda: _onnx_float32(model, images_NCHW)
+    return plain
+
+
+def _check(precision: str, device: str, sample_images_NCHW: Tensor | None) -> None:
+    problems = []
+    if precision not in PRECISIONS:
+        problems.append(
+            problem(
+                f"the teacher's precision is '{precision}'",
+                expected=", ".join(PRECISIONS),
+                mend="Use auto for exact outputs as fast as this machine gives them.",
+            )
+        )
+    num_images = 0 if sample_images_NCHW is None else len(sample_images_NCHW)
+    if precision == "int8" and (device != "cpu" or num_images < MIN_CALIBRATION_IMAGES):
+        problems.append(
+            problem(
+                f"int8 on '{device}' with {num_images} images to calibrate on",
+                expected=f"the CPU and at least {MIN_CALIBRATION_IMAGES} real images",
+                mend="Give images of the calibration split, or use precision auto.",
+            )
+        )
+    if problems:
+        raise InputError(*problems)
+
+
+def _fastest(
+    builders: dict[str, Callable[[], Run]],
+    reference: Run,
+    images_NCHW: Tensor,
+    precision: str,
+    num_images: int | None,
+) -> Inference:
+    with torch.no_grad():
+        expected_NK = reference(images_NCHW).float().cpu()
+    limit = TOLERANCE * max(1.0, expected_NK.abs().max().item())
+    runs: dict[str, Run] = {}
+    candidates: list[Candidate] = []
+    for runtime, build in builders.items():
+        if runtime == "onnxruntime" and _soon_done(candidates, num_images):
+            candidates.append(Candidate(runtime, refusal="too few images to repay the export"))
+            continue
+        try:
+            run = build()
+            candidate = _measured(runtime, run, images_NCHW, expected_NK)
+        except Exception as error:
+            if precision != "float32" or runtime == "pytorch":
+                raise
+            # A teacher that a faster runtime cannot take is no error: the plain one can.
+            refusal = str(error).splitlines()[0][:200] if str(error) else repr(error)
+            log.debug("%s cannot run this teacher: %s", runtime, refusal)
+            candidates.append(Candidate(runtime, refusal=refusal))
+            continue
+        if precision == "float32" and not candidate.max_abs_difference <= limit:
+            refusal = f"differs by {candidate.max_abs_difference:.2g}, more than {limit:.2g}"
+            candidate = Candidate(runtime, max_abs_difference=float("inf"), refusal=refusal)
+        candidates.append(candidate)
+        runs[runtime] = run
+    best = max((c for c in candidates if c.refusal is None), key=lambda c: c.images_per_second)
+    log.info(
+        "The teacher runs in %s: %.0f images/s, outputs within %.2g of plain PyTorch, "
+        "KL %.2g, same class in %.2f %%",
+        best.runtime,
+        best.images_per_second,
+        best.max_abs_difference,
+        best.kl,
+        100 * best.agreement,
+    )
+    return Inference(runs[best.runtime], precision, best.runtime, tuple(candidates))
+
+
+def _soon_done(candidates: list[Candidate], num_images: int | None) -> bool:
+    if num_images is None:
+        return False
+    fastest = max(candidate.images_per_second for candidate in candidates)
+    return num_images < fastest * MIN_SECONDS_TO_EXPORT
+
+
+def _measured(runtime: str, run: Run, images_NCHW: Tensor, expected_NK: Tensor) -> Candidate:
+    seconds = []
+    with torch.no_grad():
+        logits_NK = run(images_NCHW).float().cpu()
+        for _ in range(NUM_TIMED_RUNS):
+            started = time.perf_counter()
+            run(images_NCHW).cpu()
+            seconds.append(time.perf_counter() - started)
+    kl = F.kl_div(
+        logits_NK.log_softmax(1), expected_NK.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    same_class = logits_NK.argmax(1) == expected_NK.argmax(1)
+    return Candidate(
+        runtime,
+        images_per_second=len(images_NCHW) / min(seconds),
+        max_abs_difference=(logits_NK - expected_NK).abs().max().item(),
+        kl=max(0.0, kl.item()),
+        agreement=same_class.float().mean().item(),
+    )
+
+
+def _eager(model: nn.Module, device: str) -> Run:
+    def run(images_NCHW: Tensor) -> Tensor:
+        # cuDNN's TF32 keeps 10 bits: not the float32 that is promised.
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            logits_NK: Tensor = model(images_NCHW.to(device))
+            return logits_NK
+
+    return run
+
+
+def _channels_last(module: nn.Module) -> nn.Module:
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _eager_folded(model: nn.Module, device: str) -> Run:
+    plain = _eager(_channels_last(folded(model)), device)
+    return lambda images_NCHW: plain(images_NCHW.contiguous(memory_format=torch.channels_last))
+
+
+def _eager_bfloat16(model: nn.Module, device: str) -> Run:
+    """Weights in bfloat16 throughout; autocast only carries the float input across."""
+    narrow = _channels_last(folded(model))
+    for module in narrow.modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+            module.to(torch.bfloat16)
+    device_type = torch.device(device).type
+
+    def run(images_NCHW: Tensor) -> Tensor:
+        with torch.autocast(device_type, torch.bfloat16):
+            images_NCHW = images_NCHW.to(device, memory_format=torch.channels_last)
+            logits_NK: Tensor = narrow(images_NCHW)
+            return logits_NK
+
+    return run
+
+
+def _onnx_float32(model: nn.Module, images_NCHW: Tensor) -> Run:
+    from understudy.teachers import onnx_runtime
+
+    return onnx_runtime.runner(onnx_runtime.exported(folded(model), images_NCHW[:2]))
+
+
+def _onnx_int8(model: nn.Module, images_NCHW: Tensor) -> Run:
+    from understudy.teachers import onnx_runtime
+
+    program = onnx_runtime.exported(folded(model), images_NCHW[:2])
+    return onnx_runtime.runner(onnx_runtime.quantized(program, images_NCHW))

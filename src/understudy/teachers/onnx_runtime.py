@@ -1,0 +1,105 @@
+"""A teacher in ONNX Runtime: exported to memory, in float32 or calibrated to int8."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor, nn
+
+INPUT_NAME = "images"
+CALIBRATION_BATCH = 32
+NOISY_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "root")
+
+
+def exported(model: nn.Module, example_NCHW: Tensor) -> onnx.ModelProto:
+    """Return the model as ONNX: uint8 images NCHW of any number to logits."""
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (example_NCHW,),
+            input_names=[INPUT_NAME],
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+def runner(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
+    """Return a function from uint8 images NCHW to float32 logits in ONNX Runtime on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+    def run(images_NCHW: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {INPUT_NAME: images_NCHW.numpy()})[0])
+
+    return run
+
+
+def quantized(model: onnx.ModelProto, calibration_images_NCHW: Tensor) -> onnx.ModelProto:
+    """Return the model with int8 weights (a scale per channel) and uint8 activations.
+
+    Ranges are the smallest and largest values seen on the calibration images: on a CIFAR-10
+    ResNet-56 entropy calibration gave the same numbers and percentiles slightly worse ones, both
+    after three times as long, and leaving the first and last layer in float32 cost a third of the
+    speed for nothing. Signed activations run without VNNI kernels and are four times slower.
+    """
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        # Through a file: given the model itself, the preparation moves its weights elsewhere.
+        given, prepared, result = (
+            Path(folder, f"{name}.onnx") for name in ("given", "pre", "int8")
+        )
+        onnx.save(model, given)
+        quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared),
+            str(result),
+            _Calibration(calibration_images_NCHW.numpy()),
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return onnx.load(result)
+
+
+class _Calibration(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, images_NCHW: NDArray[np.uint8]) -> None:
+        starts = range(0, len(images_NCHW), CALIBRATION_BATCH)
+        self._batches = iter([images_NCHW[start : start + CALIBRATION_BATCH] for start in starts])
+
+    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT_NAME: batch}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what exporters say to their own developers; failures still raise."""
+    loggers = [logging.getLogger(name if name != "root" else None) for name in NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

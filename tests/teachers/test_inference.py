@@ -1,0 +1,189 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from understudy.errors import InputError
+from understudy.models.build import NormalizedModel, build_network
+from understudy.teachers.folding import folded
+from understudy.teachers.inference import TOLERANCE, fast_inference
+
+IMAGE_SHAPE = (3, 16, 16)
+
+
+def random_statistics(module: nn.Module) -> nn.Module:
+    """Batch norms of a new network are the identity, which any folding gets right."""
+    generator = torch.Generator().manual_seed(0)
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d):
+            for values in (child.running_mean, child.bias.data):
+                values.copy_(torch.randn(values.shape, generator=generator) * 0.1)
+            for values in (child.running_var, child.weight.data):
+                values.copy_(torch.rand(values.shape, generator=generator) + 0.5)
+    return module
+
+
+@pytest.fixture(scope="module", name="images_NCHW")
+def some_images():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (64, *IMAGE_SHAPE), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    arguments = {"widths": [8, 8, 16]}
+    network = build_network("resnet8", num_classes=10, image_shape=IMAGE_SHAPE, arguments=arguments)
+    model = NormalizedModel(
+        random_statistics(network), mean=[0.5] * 3, std=[0.25] * 3, output_order=range(9, -1, -1)
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module", name="expected_NK")
+def plain_outputs(teacher, images_NCHW):
+    with torch.no_grad():
+        return teacher(images_NCHW)
+
+
+def test_auto_takes_the_fastest_runtime_that_agrees(teacher, images_NCHW, expected_NK, caplog):
+    with caplog.at_level(logging.INFO, logger="understudy"):
+        infer = fast_inference(teacher, image_shape=IMAGE_SHAPE, sample_images_NCHW=images_NCHW)
+    assert infer.precision == "float32"
+    by_name = {candidate.runtime: candidate for candidate in infer.candidates}
+    assert set(by_name) == {"pytorch", "pytorch folded channels-last", "onnxruntime"}
+    assert all(candidate.refusal is None for candidate in infer.candidates)
+    assert by_name[infer.runtime].images_per_second == max(
+        candidate.images_per_second for candidate in infer.candidates
+    )
+    limit = TOLERANCE * max(1, expected_NK.abs().max())
+    for count in (64, 1, 7):
+        logits_NK = infer(images_NCHW[:count])
+        assert logits_NK.dtype == torch.float32
+        assert (logits_NK - expected_NK[:count]).abs().max() <= limit
+    assert f"The teacher runs in {infer.runtime}" in caplog.text
+
+
+@pytest.mark.parametrize("runtime", ["pytorch", "pytorch folded channels-last"])
+def test_a_runtime_can_be_asked_for(teacher, images_NCHW, expected_NK, runtime):
+    infer = fast_inference(teacher, image_shape=IMAGE_SHAPE, runtime=runtime)
+    assert (infer.runtime, infer.precision, infer.candidates) == (runtime, "float32", ())
+    assert torch.allclose(infer(images_NCHW), expected_NK, atol=1e-4)
+
+
+def test_float32_is_plain_pytorch_bit_for_bit(teacher, images_NCHW, expected_NK):
+    infer = fast_inference(teacher, image_shape=IMAGE_SHAPE, precision="float32")
+    assert infer.runtime == "pytorch"
+    assert torch.equal(infer(images_NCHW), expected_NK)
+
+
+@pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 0.05), ("int8", 0.1)])
+def test_narrow_precision_is_measured_and_named(
+    teacher, images_NCHW, expected_NK, precision, limit
+):
+    infer = fast_inference(
+        teacher, image_shape=IMAGE_SHAPE, precision=precision, sample_images_NCHW=images_NCHW
+    )
+    [measured] = infer.candidates
+    assert infer.precision == precision
+    assert 0 < measured.max_abs_difference < limit * expected_NK.abs().max()
+    assert 0 < measured.kl < 0.01
+    difference = (infer(images_NCHW) - expected_NK).abs().max().item()
+    assert difference == pytest.approx(measured.max_abs_difference, rel=0.5)
+
+
+def test_few_images_do_not_pay_for_an_export(teacher, images_NCHW):
+    infer = fast_inference(
+        teacher, image_shape=IMAGE_SHAPE, sample_images_NCHW=images_NCHW, num_images=100
+    )
+    assert [candidate.refusal for candidate in infer.candidates][2] is not None
+    assert infer.runtime.startswith("pytorch")
+
+
+class Untraceable(nn.Module):
+    """Branches on values, so neither tracing nor exporting works; its parts can be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images_NCHW):
+        pooled = self.body(images_NCHW.float() / 255).mean((2, 3))
+        if pooled.sum().item() > 1e9:
+            pooled = pooled * 2
+        return self.head(pooled)
+
+
+def test_a_teacher_that_cannot_be_exported_runs_in_pytorch(images_NCHW):
+    torch.manual_seed(0)
+    model = random_statistics(Untraceable()).eval()
+    infer = fast_inference(model, image_shape=IMAGE_SHAPE, sample_images_NCHW=images_NCHW)
+    assert infer.runtime.startswith("pytorch")
+    assert infer.candidates[2].refusal
+    with torch.no_grad():
+        assert torch.allclose(infer(images_NCHW), model(images_NCHW), atol=1e-5)
+
+
+class Wrong(nn.Module):
+    """Answers differently in channels-last, as a kernel with a fault would."""
+
+    def forward(self, images_NCHW):
+        pooled_NC = images_NCHW.float().mean((2, 3))
+        last = images_NCHW.is_contiguous(memory_format=torch.channels_last)
+        return pooled_NC + 1000 if last else pooled_NC
+
+
+def test_a_runtime_that_disagrees_is_refused(images_NCHW):
+    infer = fast_inference(
+        Wrong(), image_shape=IMAGE_SHAPE, sample_images_NCHW=images_NCHW, num_images=1
+    )
+    assert infer.runtime != "pytorch folded channels-last"
+    assert "differs by 1e+03" in (infer.candidates[1].refusal or "")
+
+
+def test_bad_requests_are_listed_together(teacher, images_NCHW):
+    with pytest.raises(InputError, match="precision is 'float8'"):
+        fast_inference(teacher, image_shape=IMAGE_SHAPE, precision="float8")
+    with pytest.raises(InputError, match="int8 on 'cpu' with 5 images"):
+        fast_inference(
+            teacher,
+            image_shape=IMAGE_SHAPE,
+            precision="int8",
+            sample_images_NCHW=images_NCHW[:5],
+        )
+    with pytest.raises(InputError, match=r"the runtime 'tensorrt'.*pytorch"):
+        fast_inference(teacher, image_shape=IMAGE_SHAPE, runtime="tensorrt")
+
+
+class Reused(nn.Module):
+    """One convolution called twice, one norm after a sum, one linear layer with its own norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.after_sum = nn.BatchNorm2d(3)
+        self.linear = nn.Linear(3, 5)
+        self.linear_norm = nn.BatchNorm1d(5)
+
+    def forward(self, images_NCHW):
+        once = self.norm(self.shared(images_NCHW))
+        twice = F.relu(self.shared(once))
+        return self.linear_norm(self.linear(self.after_sum(once + twice).mean((2, 3))))
+
+
+def test_folding_keeps_the_function_and_removes_norms(teacher, images_NCHW, expected_NK):
+    model = random_statistics(Reused()).eval()
+    images = images_NCHW.float() / 255
+    less = folded(model)
+    with torch.no_grad():
+        assert torch.allclose(less(images), model(images), atol=1e-5)
+        assert torch.allclose(folded(teacher)(images_NCHW), expected_NK, atol=1e-4)
+    # The shared convolution cannot carry a norm that only one of its calls has.
+    names = [name for name, part in less.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    assert names == ["norm", "after_sum"]
+    folded_names = {type(part) for part in folded(teacher).modules()}
+    assert nn.BatchNorm2d not in folded_names
