@@ -62,8 +62,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+    except OSError:
+        raise
+    except Exception:
+        raise_disk_error(temporary)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def raise_disk_error(path: Path) -> None:
+    """Raise the system's OSError if nothing more can be written to ``path``.
+
+    Libraries that write report a full disk each in a class and words of its own.
+    """
+    with path.open("ab") as file:
+        file.write(bytes(1 << 20))
+        os.fsync(file.fileno())
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +34,7 @@ app.add_typer(store_app, name="store")
 RecipeArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RECIPE]",
+        metavar="RECIPE",
         help="A YAML file, a run folder, or the name of a shipped recipe. Default: digits.",
     ),
 ]
@@ -52,21 +54,26 @@ StoreOption = Annotated[
 def main() -> None:
     """Run the command line: one clear message for what went wrong, and an exit code."""
     setup_logging()
+    # What ends a job politely is an interruption like any other.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(standalone_mode=False)
+        # Typer turns its exits, and Ctrl-C, into the code that it returns.
+        code = app(standalone_mode=False)
+        if code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except UnderstudyError as error:
         for line in error.problems:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; `understudy resume RUN` continues where this stopped", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         # Threads of libraries may be at work still; everything is on disk already.
         sys.stdout.flush()
         os._exit(EXIT_INTERRUPTED)
     except OSError as error:
-        message = f"error: {error}. Nothing finished is lost: run the same command again."
+        mend = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend that"
+        message = f"error: {error}. {mend} and run the same command again: what is done is kept."
         print(message, file=sys.stderr)
         sys.exit(EXIT_FAILURE)
     except Exception as error:

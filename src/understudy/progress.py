@@ -27,9 +27,11 @@ def silent(done: int, total: int, note: str = "") -> None:
 
 
 @contextlib.contextmanager
-def shown_progress(title: str) -> Iterator[Progress]:
-    """Yield a ``Progress`` that is shown to the user as the output allows."""
-    if sys.stderr.isatty():
+def shown_progress(title: str, *, quiet: bool = False) -> Iterator[Progress]:
+    """Yield a ``Progress`` that is shown to the user as the output allows, or not at all."""
+    if quiet:
+        yield silent
+    elif sys.stderr.isatty():
         with _bar(title) as progress:
             yield progress
     else:
@@ -80,8 +82,11 @@ class _LogLines:
         log.info("%s: %d of %d%s %s", self._title, done, total, left, note)
 
 
-def setup_logging(*, verbose: bool = False) -> None:
-    """Send the package's log to stderr: coloured on a terminal, plain lines elsewhere."""
+def setup_logging(*, quiet: bool = False) -> None:
+    """Send the package's log to stderr: coloured on a terminal, plain lines elsewhere.
+
+    Quiet leaves warnings and errors: one of several processes speaks for all.
+    """
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.console import Console
@@ -93,5 +98,5 @@ def setup_logging(*, verbose: bool = False) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.handlers = [handler]
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
@@ -30,6 +31,8 @@ RECORDED_PACKAGES = (
     "safetensors",
     "scikit-learn",
 )
+
+SECONDS_OF_ONE_REQUEST = 1.0
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -98,26 +101,36 @@ def peak_memory_bytes() -> int:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests(
+    pass_on: Callable[[int], None] | None = None,
+) -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether Ctrl-C or a termination signal came in.
 
     A loop that asks between two updates can save a consistent state first. A second signal
-    interrupts at once. Outside the main thread signals cannot be caught and the answer is no.
+    interrupts at once, unless it follows so closely that it is the first one over again: a terminal
+    signals every process, and a parent hands on what it gets. Outside the main thread signals
+    cannot be caught and the answer is no.
+
+    Args:
+        pass_on: called with the number of every signal that comes in.
     """
-    requested = False
+    requested_at: float | None = None
 
     def note(signal_number: int, frame: Any) -> None:
-        nonlocal requested
-        if requested:
+        nonlocal requested_at
+        now = time.monotonic()
+        if requested_at is not None and now - requested_at > SECONDS_OF_ONE_REQUEST:
             raise KeyboardInterrupt
-        requested = True
+        requested_at = requested_at or now
+        if pass_on is not None:
+            pass_on(signal_number)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: requested
+        yield lambda: requested_at is not None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from understudy.artifacts import Record, exclusive
 from understudy.errors import InputError, problem
-from understudy.recipes.check import check_recipe
+from understudy.progress import log
+from understudy.recipes.check import check_recipe, parse_checked
 from understudy.recipes.evaluate import evaluate as evaluate_stage
 from understudy.recipes.export import export as export_stage
-from understudy.recipes.files import RECIPE_NAME, load_recipe, save_recipe
+from understudy.recipes.files import RECIPE_NAME, read_recipe, save_recipe
 from understudy.recipes.label import label as label_stage
 from understudy.recipes.prepare import split
 from understudy.recipes.report import Outcome
 from understudy.recipes.report import report as report_stage
 from understudy.recipes.run import Run, home_folder
-from understudy.recipes.schema import Recipe, parse_recipe
+from understudy.recipes.schema import Recipe
 from understudy.recipes.teach import teach as teach_stage
 from understudy.recipes.train import train_role
 from understudy.train.devices import use_threads
@@ -46,7 +48,7 @@ def distill(
         TrainingError: the loss stays non-finite.
     """
     run = open_run(recipe, changes=changes, out=out)
-    with exclusive(run.folder):
+    with working(run):
         start(run)
         split(run)
         teach_stage(run)
@@ -106,7 +108,7 @@ def report(
 ) -> Outcome:
     """Write the report from the records of all stages."""
     run = open_run(recipe, changes=changes, out=out)
-    with exclusive(run.folder):
+    with working(run):
         return report_stage(run)
 
 
@@ -117,9 +119,10 @@ def open_run(
     if isinstance(recipe, Recipe):
         checked = recipe
     elif isinstance(recipe, Mapping):
-        checked = parse_recipe(dict(recipe))
+        checked = parse_checked(dict(recipe))
     else:
-        checked = load_recipe(recipe, changes)
+        values, origin = read_recipe(recipe, changes)
+        checked = parse_checked(values, origin=origin)
         if out is None and recipe is not None and Path(recipe).is_dir():
             out = recipe
     folder = Path(out) if out is not None else Path("runs") / checked.name
@@ -141,9 +144,22 @@ def existing_run(folder: str | Path) -> Path:
     return Path(folder)
 
 
+@contextlib.contextmanager
+def working(run: Run) -> Iterator[None]:
+    """Hold the run folder while a stage works in it; when interrupted, say how to go on."""
+    with exclusive(run.folder):
+        try:
+            yield
+        except KeyboardInterrupt:
+            log.warning("`understudy resume %s` continues where this stopped", run.folder)
+            raise
+
+
 def start(run: Run) -> None:
     """Prepare this process and write the recipe down, so that the folder can be resumed."""
     use_threads(run.recipe.device.num_threads)
+    for leftover in run.folder.rglob(".*.part"):
+        leftover.unlink()  # of a process that was killed while it wrote
     save_recipe(run.recipe, run.folder)
 
 
@@ -155,7 +171,7 @@ def alone(
 ) -> Result:
     """Run one stage from the records of the stages before it."""
     run = open_run(recipe, changes=changes, out=out)
-    with exclusive(run.folder):
+    with working(run):
         start(run)
         split(run)
         return stage(run)

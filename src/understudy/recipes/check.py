@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from understudy.data.view_spec import check_spec
 from understudy.errors import InputError, RecipeError, problem
 from understudy.models.catalog import check_model
 from understudy.recipes.run import Run
-from understudy.recipes.schema import Recipe
+from understudy.recipes.schema import (
+    DataSection,
+    Recipe,
+    StudentSection,
+    TeacherSection,
+    ViewsSection,
+    parse_recipe,
+)
+
+SectionType = TypeVar("SectionType", bound=BaseModel)
 
 
 def check_recipe(run: Run) -> None:
@@ -20,8 +33,10 @@ def check_recipe(run: Run) -> None:
     """
     recipe = run.recipe
     problems = [
-        *check_data_path(recipe),
-        *check_models(recipe),
+        *check_folder(run.folder),
+        *check_data_path(recipe.data),
+        *check_teacher_section(recipe.teacher),
+        *check_student_section(recipe.student),
         *check_spec(run.transforms, where="views.transforms"),
         *check_labelling(recipe),
     ]
@@ -39,6 +54,41 @@ def check_recipe(run: Run) -> None:
         raise RecipeError(*dict.fromkeys(problems))
 
 
+def parse_checked(values: Any, *, origin: str = "recipe") -> Recipe:
+    """Return the recipe; where it is wrong, its sound sections are compared with the world too.
+
+    Raises:
+        RecipeError: with every problem that can be told.
+    """
+    try:
+        return parse_recipe(values, origin=origin)
+    except RecipeError as error:
+        found = sound_section_problems(values) if isinstance(values, dict) else []
+        raise RecipeError(*error.problems, *found) from None
+
+
+def sound_section_problems(values: dict[str, Any]) -> list[str]:
+    """Return what is wrong with sections that are valid by themselves."""
+    problems = []
+    if (data := sound(DataSection, values.get("data"))) is not None:
+        problems += check_data_path(data)
+    if (teacher := sound(TeacherSection, values.get("teacher"))) is not None:
+        problems += check_teacher_section(teacher)
+    if (student := sound(StudentSection, values.get("student"))) is not None:
+        problems += check_student_section(student)
+    if (views := sound(ViewsSection, values.get("views"))) is not None:
+        problems += check_spec(views.spec, where="views.transforms")
+    return problems
+
+
+def sound(kind: type[SectionType], values: Any) -> SectionType | None:
+    """Return a section, or None if it is not there or not valid."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError:
+        return None
+
+
 def problems_of(action: Callable[[], object]) -> list[str]:
     """Return the problems that the action raises, an empty list if it succeeds."""
     try:
@@ -48,9 +98,24 @@ def problems_of(action: Callable[[], object]) -> list[str]:
     return []
 
 
-def check_data_path(recipe: Recipe) -> list[str]:
+def check_folder(folder: Path) -> list[str]:
+    """The run folder must be one, or be possible to make."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return []
+    how = "cannot be written to" if existing.is_dir() else "is a file"
+    return [
+        problem(
+            f"{folder} cannot be the run folder: {existing} {how}",
+            expected="a folder, or a path where one can be made",
+            mend="Name another one with --out.",
+        )
+    ]
+
+
+def check_data_path(data: DataSection) -> list[str]:
     """A source that looks like a path must exist."""
-    source = recipe.data.source
+    source = data.source
     path = Path(source).expanduser()
     looks_like_path = source.startswith((".", "/", "~")) or path.suffix in (".parquet", ".arrow")
     if looks_like_path and not path.exists():
@@ -64,25 +129,31 @@ def check_data_path(recipe: Recipe) -> list[str]:
     return []
 
 
-def check_models(recipe: Recipe) -> list[str]:
-    """Names, arguments and files of both networks."""
-    teacher, student = recipe.teacher.model, recipe.student.model
-    problems = [f"student: {text}" for text in check_model(student.name, student.arguments)]
-    files: list[tuple[str, Path | None]]
-    if teacher.name.endswith(".onnx"):
-        files = [("teacher.model.name", Path(teacher.name))]
+def check_student_section(student: StudentSection) -> list[str]:
+    """Name and arguments of the student's network."""
+    model = student.model
+    return [f"student: {text}" for text in check_model(model.name, model.arguments)]
+
+
+def check_teacher_section(teacher: TeacherSection) -> list[str]:
+    """Name, arguments and file of the teacher's network."""
+    problems, model = [], teacher.model
+    if model.name.endswith(".onnx"):
+        name, path = "teacher.model.name", Path(model.name)
     else:
-        problems += [f"teacher: {text}" for text in check_model(teacher.name, teacher.arguments)]
-        files = [("teacher.checkpoint", recipe.teacher.checkpoint)]
-    problems += [
-        problem(
-            f"{name} is {path}, which does not exist",
-            expected="an existing file",
-            mend="Correct the path; it is taken relative to the current folder.",
+        problems = [f"teacher: {text}" for text in check_model(model.name, model.arguments)]
+        if teacher.checkpoint is None:
+            return problems
+        name, path = "teacher.checkpoint", teacher.checkpoint
+    if not path.is_file():
+        how = "a folder" if path.is_dir() else "not there"
+        problems.append(
+            problem(
+                f"{name} is {path}, which is {how}",
+                expected="an existing file",
+                mend="Correct the path; it is taken relative to the current folder.",
+            )
         )
-        for name, path in files
-        if path is not None and not path.is_file()
-    ]
     return problems
 
 

@@ -33,7 +33,7 @@ def describe() -> str:
         f"  GPU           {facts.get('gpu', 'none that torch can use')}",
         f"  stored data   {home} ({free / 2**30:.1f} GiB free)",
         "Versions",
-        *(f"  {name:16}{version}" for name, version in package_versions().items()),
+        *(f"  {name:18}{version}" for name, version in package_versions().items()),
         "Extras",
         *(f"  {extra:16}{extra_state(extra, package)}" for extra, package in EXTRAS.items()),
         f"Networks\n  {', '.join([*CATALOG, 'module:callable', *PREFIXES.values()])}",

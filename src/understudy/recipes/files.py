@@ -63,6 +63,12 @@ def load_recipe(recipe: str | Path | None = None, changes: Sequence[str] = ()) -
     Raises:
         RecipeError: with every problem found.
     """
+    values, origin = read_recipe(recipe, changes)
+    return parse_recipe(values, origin=origin)
+
+
+def read_recipe(recipe: str | Path | None = None, changes: Sequence[str] = ()) -> tuple[Any, str]:
+    """Return the values of a recipe, not validated yet, and where they come from."""
     recipe = DEFAULT_RECIPE if recipe is None else recipe
     path = Path(recipe)
     if path.is_dir():
@@ -79,9 +85,15 @@ def load_recipe(recipe: str | Path | None = None, changes: Sequence[str] = ()) -
         )
     else:
         values, origin = _parse_yaml(shipped_recipe(str(recipe)), str(recipe)), str(recipe)
-    for change in changes:
-        apply_change(values, change)
-    return parse_recipe(values, origin=origin)
+    problems: list[str] = []
+    for change in changes if isinstance(values, dict) else ():
+        try:
+            apply_change(values, change)
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(*problems)
+    return values, origin
 
 
 def apply_change(values: Any, change: str) -> None:

@@ -13,7 +13,7 @@ from understudy.artifacts import Record, write_text
 from understudy.data.batches import iter_view_batches
 from understudy.progress import log, shown_progress
 from understudy.recipes.networks import trained_model
-from understudy.recipes.outputs import open_entries, stored_hashes, stored_teacher
+from understudy.recipes.outputs import open_entries, stored_hashes
 from understudy.recipes.run import Run
 from understudy.teachers.inference import Inference, fast_inference
 from understudy.teachers.label import label_views
@@ -30,8 +30,14 @@ def label(run: Run) -> Record:
     teacher = run.parent("teacher", "teach")
     section = run.recipe.section("seed", "views", "labelling")
     parents = {"split": run.parent("split", "teach").hash, "teacher": teacher.hash}
-    stage = run.begin("labels", section=section, parents=parents)
-    if stage.record is not None and stored_hashes(run) == stage.record.payload["entries"]:
+    stage = run.begin(
+        "labels",
+        section=section,
+        parents=parents,
+        # What the record describes lies in the store, and may be damaged or gone.
+        holds=lambda record: stored_hashes(run) == record.payload["entries"],
+    )
+    if stage.record is not None:
         return stage.record
     infer = teacher_inference(run, stage.folder)
     with shown_progress("teacher outputs") as progress:
@@ -48,7 +54,6 @@ def label(run: Run) -> Record:
         {
             "precision": infer.precision,
             "entries": stored_hashes(run),
-            "mean_confidence": mean_confidence(run),
         },
         timing={
             "runtime": infer.runtime,
@@ -87,15 +92,6 @@ def uses_gpu(run: Run) -> bool:
     """Return whether the recipe asks for a GPU, and with ``auto`` whether there is one."""
     accelerator = run.recipe.device.accelerator
     return accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
-
-
-def mean_confidence(run: Run) -> float:
-    """Return the teacher's mean largest probability on the first view, at temperature 1.
-
-    Where it is near 1, soft targets say little more than labels.
-    """
-    outputs_NK = stored_teacher(run).outputs(run.splits.train, view=0)
-    return float(outputs_NK.softmax(dim=1).amax(dim=1).mean())
 
 
 def recomputation(run: Run) -> Callable[[StoreKey, Tensor], Tensor]:

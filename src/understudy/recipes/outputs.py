@@ -10,6 +10,7 @@ from understudy.recipes.run import Run
 from understudy.teachers.entry_files import SEAL_NAME
 from understudy.teachers.label import StoredTeacher, view_keys
 from understudy.teachers.store import Entry, OutputStore
+from understudy.train.objective import value_at
 
 
 def open_entries(run: Run) -> list[Entry]:
@@ -60,3 +61,14 @@ def teacher_identity(run: Run, record: Record) -> str:
     )
     weights = record.files.get(WEIGHTS_NAME) or record.parents["weights"]
     return content_hash([section, weights, list(run.source.class_names)])
+
+
+def mean_confidence(run: Run) -> float:
+    """Return the mean largest probability of the first view's soft targets.
+
+    At the temperature of the loss, in the middle of training: where it is near 1, the soft targets
+    say little more than the labels do.
+    """
+    temperature = value_at(run.recipe.distillation.temperature, 0.5)
+    outputs_NK = stored_teacher(run).outputs(run.splits.train, view=0)
+    return float((outputs_NK / temperature).softmax(dim=1).amax(dim=1).mean())

@@ -30,13 +30,21 @@ line any value is changed with `--set path.to.key=value`. This page is written f
 
 def recipe_reference() -> str:
     """Return the whole page as Markdown."""
-    parts = [HEAD, *section_tables(Recipe, "", set()), transforms(), networks(), checks()]
+    parts = [HEAD, *section_tables(Recipe, "", {}), transforms(), networks(), checks()]
     return "\n".join(parts)
 
 
-def section_tables(section: type[BaseModel], path: str, seen: set[type]) -> list[str]:
-    """Return a table of this section's keys, then those of the sections inside it."""
+def section_tables(
+    section: type[BaseModel], path: str, seen: dict[type[BaseModel], str]
+) -> list[str]:
+    """Return a table of this section's keys, then those of the sections inside it.
+
+    A section that stands in two places is written out once and referred to from the other.
+    """
     title = f"`{path}`" if path else "Top level"
+    if section in seen:
+        return [f"## {title}\n\nThe same keys as `{seen[section]}`.\n"]
+    seen[section] = path
     lines = [f"## {title}\n", sentence(section.__doc__), ""]
     lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
     inner: list[str] = []
@@ -45,9 +53,7 @@ def section_tables(section: type[BaseModel], path: str, seen: set[type]) -> list
             f"| `{name}` | {value_text(field)} | {default_text(field)} | {meaning(field)} |"
         )
         for model in models_in(field.annotation):
-            if model not in seen:
-                seen.add(model)
-                inner += section_tables(model, f"{path}.{name}".lstrip("."), seen)
+            inner += section_tables(model, f"{path}.{name}".lstrip("."), seen)
     return ["\n".join(lines) + "\n", *inner]
 
 

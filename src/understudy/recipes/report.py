@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.artifacts import Record, content_hash
+from understudy.errors import InputError, problem
 from understudy.evaluate.budget import BudgetFacts, check_budget
 from understudy.recipes.run import Run
 from understudy.report.render import write_report
@@ -46,6 +47,7 @@ def gather_results(run: Run) -> RunResults:
     commands |= {"control": "train", "evaluation": "evaluate", "export": "export"}
     kinds = [kind for kind in STAGES if kind != "control" or run.recipe.control]
     records = {kind: run.parent(kind, commands[kind]) for kind in kinds}
+    check_lineage(run, records, commands)
     roles = [role for role in ("teacher", "student", "control") if role in records]
     evaluation, exported = records["evaluation"].payload, records["export"]
     hours: dict[str, float] = {
@@ -84,9 +86,31 @@ def gather_results(run: Run) -> RunResults:
         ],
         "training_hours": hours,
         "student_vs_control": evaluation["paired"],
-        "teacher_confidence": records["labels"].payload["mean_confidence"],
+        "teacher_confidence": student.payload["teacher_confidence"],
     }
     return RunResults.from_values(values)
+
+
+def check_lineage(run: Run, records: Mapping[str, Record], commands: Mapping[str, str]) -> None:
+    """Refuse records of which one was made from an earlier state of another."""
+    stale = [
+        (kind, parent)
+        for kind, record in records.items()
+        for parent, known_hash in record.parents.items()
+        if parent in records and records[parent].hash != known_hash
+    ]
+    if stale:
+        raise InputError(
+            *(
+                problem(
+                    f"{run.folder}: the {kind} was made from an earlier {parent}",
+                    expected="records that belong together",
+                    mend=f"Run `understudy {commands[kind]} {run.folder}`, "
+                    "or `understudy distill` for all stages.",
+                )
+                for kind, parent in stale
+            )
+        )
 
 
 def num_skipped(split: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -103,10 +103,7 @@ class Run:
     @property
     def transforms(self) -> list[dict[str, dict[str, Any]]]:
         """The transforms of the recipe; one without parameters has an empty mapping."""
-        return [
-            {name: arguments or {} for name, arguments in transform.items()}
-            for transform in self.recipe.views.transforms
-        ]
+        return self.recipe.views.spec
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave loaded data out when a run is sent to another process, which loads its own."""
@@ -137,16 +134,25 @@ class Run:
             )
         return record
 
-    def begin(self, kind: str, *, section: Mapping[str, Any], parents: Mapping[str, str]) -> Stage:
+    def begin(
+        self,
+        kind: str,
+        *,
+        section: Mapping[str, Any],
+        parents: Mapping[str, str],
+        holds: Callable[[Record], bool] = lambda record: True,
+    ) -> Stage:
         """Start a stage, or find that it is finished: then ``stage.record`` is its record.
 
         Work that an earlier process left unfinished stays in the folder if it belongs to the same
-        key; anything else in the folder is removed.
+        key; anything else in the folder is removed. ``holds`` says whether what a record describes
+        besides the files in its folder is still so.
         """
         key, folder = stage_key(kind, section, parents), self.folder / kind
         stage = Stage(kind, folder, key, self.recipe.seed, dict(section), dict(parents))
-        stage.record = reusable_record(folder, key)
-        if stage.record is not None:
+        record = reusable_record(folder, key)
+        if record is not None and holds(record):
+            stage.record = record
             log.info("%s: unchanged, reused", kind)
             self.reused.add(kind)
             return stage

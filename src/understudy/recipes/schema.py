@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,6 +107,14 @@ class ViewsSection(Section):
         tuple[dict[str, dict[str, Any] | None], ...],
         Field(description="In this order, each a name with its parameters."),
     ] = ()
+
+    @property
+    def spec(self) -> list[dict[str, dict[str, Any]]]:
+        """The transforms; one without parameters has an empty mapping."""
+        return [
+            {name: arguments or {} for name, arguments in transform.items()}
+            for transform in self.transforms
+        ]
 
 
 class TeacherSection(Section):
@@ -245,6 +254,7 @@ def _sentence(item: Any, origin: str) -> str:
     if item["type"] == "missing":
         return problem(f"{origin}: `{where}` is missing", expected="a value", mend="Add it.")
     message = item["msg"].removeprefix("Value error, ")
+    message = re.sub(r"valid dictionary or instance of \w+", "mapping of keys to values", message)
     return f"{origin}: `{where}` is {item['input']!r:.100}: {message}."
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from understudy.errors import StoreError
+from understudy.errors import InputError, StoreError, problem
 from understudy.recipes.run import home_folder
 from understudy.teachers.maintenance import (
     EntrySummary,
@@ -19,6 +19,14 @@ SECONDS_PER_DAY = 86_400
 
 def open_store(folder: Path | None) -> OutputStore:
     """Return the store in this folder, by default the one that all runs share."""
+    if folder is not None and not folder.is_dir():
+        raise InputError(
+            problem(
+                f"{folder} is no folder",
+                expected="a store of teacher outputs",
+                mend="Leave --store out for the one that all runs share.",
+            )
+        )
     return OutputStore(folder or home_folder() / "outputs")
 
 
@@ -82,6 +90,14 @@ def remove(
     folder: Path | None, *, older_than_days: float | None, incomplete: bool, dry_run: bool
 ) -> str:
     """Remove entries that meet every given condition; say which."""
+    if older_than_days is None and not incomplete:
+        raise InputError(
+            problem(
+                "no condition says which teacher outputs may go",
+                expected="--older-than-days or --incomplete",
+                mend="Give one of them; with --dry-run nothing is removed yet.",
+            )
+        )
     unused_for_s = None if older_than_days is None else older_than_days * SECONDS_PER_DAY
     gone = collect_garbage(
         open_store(folder), unused_for_s=unused_for_s, incomplete=incomplete, dry_run=dry_run

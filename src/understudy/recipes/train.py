@@ -15,7 +15,7 @@ from understudy.artifacts import Record, atomic_path
 from understudy.evaluate.accuracy import evaluate_logits, predict_logits
 from understudy.progress import log, setup_logging, shown_progress
 from understudy.recipes.networks import WEIGHTS_NAME, build_model
-from understudy.recipes.outputs import stored_teacher
+from understudy.recipes.outputs import mean_confidence, stored_teacher
 from understudy.recipes.run import Run
 from understudy.runtime import derive_seed
 from understudy.train.devices import make_fabric, use_threads
@@ -23,6 +23,7 @@ from understudy.train.feed import Feed, TeacherSource
 from understudy.train.loop import train
 from understudy.train.objective import DistillObjective, LabelObjective, Objective
 from understudy.train.plan import TrainPlan, TrainResult
+from understudy.train.processes import launch_processes
 from understudy.train.settings import TrainSettings
 
 Role = Literal["teacher", "student", "control"]
@@ -60,11 +61,14 @@ def train_role(run: Run, role: Role) -> Record:
         fabric.launch()
         fit(fabric, run, role)
     else:
-        fabric.launch(fit, run, role)  # type: ignore[arg-type]
+        launch_processes(fabric, fit, run, role)
     result = torch.load(stage.folder / RESULT_NAME, weights_only=True)
     rows = result.pop("rows")
+    payload = {**result, "rows": [untimed(row) for row in rows]}
+    if role == "student":
+        payload["teacher_confidence"] = mean_confidence(run)
     return stage.finish(
-        {**result, "rows": [untimed(row) for row in rows]},
+        payload,
         files=[WEIGHTS_NAME],
         timing={"train_seconds": sum(row["seconds"] for row in rows), "rows": rows},
     )
@@ -78,11 +82,12 @@ def untimed(row: dict[str, Any]) -> dict[str, Any]:
 def fit(fabric: Fabric, run: Run, role: Role) -> None:
     """Train in this process, perhaps one of several; the first one writes weights and metrics."""
     if fabric.world_size > 1:
-        setup_logging()
+        setup_logging(quiet=not fabric.is_global_zero)
     use_threads(run.recipe.device.num_threads, num_processes=fabric.world_size)
     section = run.recipe.teacher.model if role == "teacher" else run.recipe.student.model
     model = build_model(run, section, role)
-    with shown_progress(f"training the {role}") as progress:
+    shown = shown_progress(f"training the {role}", quiet=not fabric.is_global_zero)
+    with shown as progress:
         result = train(model, training_plan(run, role), fabric=fabric, progress=progress)
     if fabric.is_global_zero:
         write_result(run.folder / role, result)
