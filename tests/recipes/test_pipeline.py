@@ -1,0 +1,177 @@
+"""From a recipe to a report: stages alone and together, reuse, budget, parity, processes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import understudy
+from tiny_run import STAGES, TINY_RECIPE, TinyRun
+from understudy.errors import InputError, RecipeError
+
+ALONE = ("teach", "label", "train", "evaluate", "export", "report")
+
+# Sums in another order, over 68 updates: measured 1e-7 on weights of up to 0.5.
+PROCESS_TOLERANCE = 1e-5
+
+
+def started(finished):
+    """Return the stages that a command ran, from its log."""
+    lines = [line.split(" ", 1)[1] for line in finished.err.splitlines()]
+    return [line.removesuffix(": started") for line in lines if line.endswith(": started")]
+
+
+def reused(finished):
+    lines = [line.split(" ", 1)[1] for line in finished.err.splitlines()]
+    return [line.split(":")[0] for line in lines if line.endswith(": unchanged, reused")]
+
+
+def test_stages_alone_give_the_records_of_the_whole_job(warm, tiny_recipe, fresh, unbroken):
+    for number, command in enumerate(ALONE):
+        recipe = fresh.folder if number else tiny_recipe
+        finished = warm.run(command, recipe, "--out", fresh.folder, home=fresh.home)
+        assert finished.code == 0, finished.err
+    assert fresh.results() == unbroken.results()
+    assert "report.html" in finished.out
+    again = warm.run("distill", fresh.folder, home=fresh.home)
+    assert started(again) == []
+    assert reused(again) == list(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "needed"),
+    [
+        ("label", "teacher", "teach"),
+        ("train", "labels", "label"),
+        ("evaluate", "control", "train"),
+        ("export", "student", "train"),
+        ("report", "evaluation", "evaluate"),
+        ("report", "export", "export"),
+    ],
+)
+def test_a_stage_before_its_parent_names_the_command_to_run(warm, copied, command, kind, needed):
+    shutil.rmtree(copied.folder / kind)
+    finished = warm.run(command, copied.folder, home=copied.home)
+    assert finished.code == 2, finished.err
+    assert f"has no record of its {kind}" in finished.err
+    assert f"understudy {needed} {copied.folder}" in finished.err
+    assert "Traceback" not in finished.err
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("distillation.temperature=2", ["student", "evaluation", "export"]),
+        ("measurement.min_seconds=0.06", ["export"]),
+        # A teacher that is trained here sees the views as well.
+        ("views.num_views=2", ["teacher", "labels", "student", "control", "evaluation", "export"]),
+    ],
+)
+def test_a_change_runs_again_what_depends_on_it(warm, copied, change, expected):
+    finished = warm.run("distill", copied.folder, "--set", change, home=copied.home)
+    assert finished.code == 0, finished.err
+    assert started(finished) == expected
+    assert set(started(finished)) | set(reused(finished)) == set(STAGES)
+
+
+def test_a_report_of_records_that_do_not_belong_together_is_refused(warm, copied):
+    change = ["--set", "distillation.temperature=2"]
+    assert warm.run("train", copied.folder, *change, home=copied.home).code == 0
+    finished = warm.run("report", copied.folder, home=copied.home)
+    assert finished.code == 2
+    assert "the evaluation was made from an earlier student" in finished.err
+    assert f"understudy evaluate {copied.folder}" in finished.err
+
+
+def test_a_missed_budget_is_exit_code_3_with_the_report_written(warm, copied):
+    page = copied.folder / "report" / "report.html"
+    page.unlink()
+    change = ["--set", "budget={num_params: 10}"]
+    finished = warm.run("distill", copied.folder, *change, home=copied.home)
+    assert finished.code == 3, finished.err
+    assert str(page) in finished.out
+    assert page.exists()
+    rows = json.loads((page.parent / "report.json").read_text())["results"]["budget"]
+    assert [(row["name"], row["status"]) for row in rows] == [("num_params", "failed")]
+    assert warm.run("report", copied.folder, home=copied.home).code == 3
+
+
+def test_a_failed_parity_fails_the_run(warm, copied):
+    change = ["--set", "export.parity_tolerance=1e-12"]
+    finished = warm.run("distill", copied.folder, *change, home=copied.home)
+    assert finished.code == 1, finished.err
+    assert "differs from the trained model" in finished.err
+    assert "Traceback" not in finished.err
+    assert not (copied.folder / "export" / "record.json").exists()
+    mended = ["--set", "export.parity_tolerance=1e-3"]
+    assert warm.run("export", copied.folder, *mended, home=copied.home).code == 0
+
+
+def test_a_student_that_does_not_learn_ends_with_what_to_change(warm, copied):
+    change = ["--set", "training.optimizer={name: sgd, learning_rate: 1e30}"]
+    finished = warm.run("train", copied.folder, *change, home=copied.home)
+    assert finished.code == 1, finished.err
+    assert "training.optimizer.learning_rate" in finished.err
+    assert "Traceback" not in finished.err
+
+
+def test_the_same_job_through_python(copied, unbroken, monkeypatch):
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(copied.home))
+    for stage in ("student", "evaluation"):
+        shutil.rmtree(copied.folder / stage)
+    values = yaml.safe_load(TINY_RECIPE)
+    outcome = understudy.distill(values, out=copied.folder)
+    assert copied.results() == unbroken.results()
+    assert outcome.page == copied.folder / "report" / "report.html"
+    assert not outcome.budget_missed
+    assert outcome.results.metrics["student"]["test"].accuracy > 0.3
+    # A recipe object is taken as well, and a run folder.
+    for recipe in (understudy.Recipe.model_validate(values), copied.folder):
+        again = understudy.distill(recipe, out=copied.folder)
+        assert again.results.metrics == outcome.results.metrics
+
+
+def test_python_raises_what_the_command_prints(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path / "home"))
+    with pytest.raises(RecipeError, match="`student` is missing"):
+        understudy.distill({"teacher": {"model": {"name": "mlp"}, "training": {}}})
+    with pytest.raises(InputError, match="has no record of its split"):
+        understudy.stages.report(yaml.safe_load(TINY_RECIPE), out=tmp_path / "run")
+
+
+@pytest.fixture
+def loaded_teacher(unbroken):
+    """Changes that load the finished run's teacher instead of training one."""
+    path = unbroken.folder / "teacher" / "model.safetensors"
+    changes = ("teacher.training=null", f"teacher.checkpoint={path}", "control=false")
+    return [argument for change in changes for argument in ("--set", change)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_student_of_one(warm, tiny_recipe, loaded_teacher, tmp_path):
+    # Each process draws dropout masks of its own, so there is none here.
+    plain = ["--set", "student.model.arguments={hidden: [16]}"]
+    weights, rows = [], []
+    for num_processes in (1, 2):
+        run = TinyRun(tmp_path / f"run{num_processes}", tmp_path / "home")
+        recipe = tiny_recipe
+        for command in ("teach", "label", "train"):
+            finished = warm.run(
+                *(command, recipe, *loaded_teacher, *plain),
+                *("--set", f"device.num_processes={num_processes}", "--out", run.folder),
+                home=run.home,
+            )
+            assert finished.code == 0, finished.err
+        weights.append(load_file(run.folder / "student" / "model.safetensors"))
+        rows.append(run.rows("student"))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(
+            value, weights[1][name], rtol=PROCESS_TOLERANCE, atol=PROCESS_TOLERANCE
+        )
+    for one, two in zip(*rows, strict=True):
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=PROCESS_TOLERANCE)
+        assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-4)
+        assert one["train_accuracy"] == pytest.approx(two["train_accuracy"], abs=1e-9)
