@@ -47,9 +47,10 @@ def test_paper_student_computes_the_layers_of_section_3_1() -> None:
 def test_paper_teacher_orders_its_added_layers_as_written() -> None:
     teacher = PaperTeacher(num_classes=10, num_layers=2)
     kinds = [type(layer).__name__ for layer in teacher.features]
-    block = ["Conv2d", "LeakyReLU", "BatchNorm2d", "FastDropout"]
-    assert kinds == ["Conv2d", "LeakyReLUDropout", *block, *block]
-    assert teacher.features[2].bias is None
+    block = ["FastConv3x3", "LeakyReLU", "BatchNorm2d", "FastDropout"]
+    assert kinds == ["FastConv3x3", *block, *block]
+    assert teacher.features[0].activation.rate == 0.2
+    assert teacher.features[1].bias is None
 
 
 @pytest.mark.parametrize(("depth", "count"), [(20, 269_722), (56, 853_018), (110, 1_727_962)])

@@ -1,22 +1,27 @@
-"""A 3x3 convolution that trains faster on CPUs: Winograd's F(4x4, 3x3) in the native kernels.
+"""A 3x3 convolution that trains faster on CPUs, in the native kernels.
 
-It computes what ``torch.nn.Conv2d`` computes, with rounding differences of about 1e-5 of the
-largest output (Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks").
+It computes what ``torch.nn.Conv2d`` computes: by Winograd's F(4x4, 3x3) with rounding differences
+of about 1e-5 of the largest output (Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural
+Networks"), and directly for the 1 or 3 channels of pictures.
 """
 
 from __future__ import annotations
 
-from ctypes import CDLL
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
-from understudy.models.native import address, kernels
+from understudy.models.dropout import LeakyReLUDropout, Mask
+from understudy.models.native import address, convolution_kernels
 
 _NUM_POINTS = 36
+_NUM_SHARES = 8  # SHARES of kernels.c
 _LANES = 16
+_FEW_CHANNELS = (1, 3)
 
 # G of F(4x4, 3x3): a kernel row of three weights to six points.
 _WEIGHT_TRANSFORM = (
@@ -32,95 +37,136 @@ _WEIGHT_TRANSFORM = (
 class FastConv3x3(nn.Conv2d):
     """``nn.Conv2d`` with kernel 3, stride 1 and padding 1, faster in training where it can be.
 
-    That is: on a CPU with the native kernels, in float32, with channels-last pictures whose sides
-    are multiples of 4, and channel counts that are multiples of 16. Everywhere else, in evaluation
-    and in exports it is ``nn.Conv2d`` itself. Parameters and their names are the same.
+    That is: on a CPU with AVX-512 and the native kernels, in float32, with channels-last pictures
+    whose sides are multiples of 4 (8 for a first layer), and with channel counts that are multiples
+    of 16 (inputs also 1 or 3). Everywhere else, in evaluation and in exports, it is ``nn.Conv2d``
+    itself. Parameters and their names are the same.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        bias: whether there is one.
+        activation: leaky ReLU and dropout on the output, then done in the same pass over memory.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        bias: bool = True,
+        activation: LeakyReLUDropout | None = None,
+    ) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
+        self.activation = activation
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
-        library = self._usable_kernels(features_NCHW)
-        if library is None:
-            return super().forward(features_NCHW)
+        activation = self.activation
+        if not self._suits_kernels(features_NCHW):
+            output = super().forward(features_NCHW)
+            return output if activation is None else activation(output)
+        mask = None
+        if activation is not None and activation.training and activation.negative_slope >= 0:
+            mask = activation.next_mask()
         result: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-            features_NCHW, self.weight, self.bias, library
+            features_NCHW, self.weight, self.bias, mask
         )
-        return result
+        return result if activation is None or mask is not None else activation(result)
 
-    def _usable_kernels(self, features_NCHW: Tensor) -> CDLL | None:
+    def _suits_kernels(self, features_NCHW: Tensor) -> bool:
         if not self.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return None
+            return False
+        few = self.in_channels in _FEW_CHANNELS
+        multiple = 8 if few else 4
         fits = (
             features_NCHW.device.type == "cpu"
             and features_NCHW.dtype == self.weight.dtype == torch.float32
             and features_NCHW.dim() == 4
             and features_NCHW.numel() > 0
             and features_NCHW.is_contiguous(memory_format=torch.channels_last)
-            and features_NCHW.shape[2] % 4 == features_NCHW.shape[3] % 4 == 0
-            and self.in_channels % _LANES == self.out_channels % _LANES == 0
+            and features_NCHW.shape[2] % multiple == features_NCHW.shape[3] % multiple == 0
+            and (few or self.in_channels % _LANES == 0)
+            and self.out_channels % _LANES == 0
         )
-        return kernels() if fits else None
+        return fits and convolution_kernels() is not None
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, library: CDLL
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask | None
     ) -> Tensor:
-        ctx.save_for_backward(features, weight)
+        result = _convolve(features, weight, bias, mask)
+        ctx.save_for_backward(features, weight, None if mask is None else result)
         ctx.has_bias = bias is not None
-        ctx.library = library
-        return _convolve(library, features, weight, bias)
+        ctx.mask = mask
+        return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        features, weight = ctx.saved_tensors
-        gradient = gradients[0].contiguous(memory_format=torch.channels_last)
+        features, weight, result = ctx.saved_tensors
+        if ctx.mask is None:
+            gradient = gradients[0].contiguous(memory_format=torch.channels_last)
+        else:
+            gradient = ctx.mask.multiply(gradients[0], result)
         features_gradient = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            # The gradient of a convolution is one with the kernel turned round.
-            turned = weight.flip(2, 3).transpose(0, 1)
-            features_gradient = _convolve(ctx.library, gradient, turned, None)
+            if features.shape[1] in _FEW_CHANNELS:
+                features_gradient = conv2d_input(  # type: ignore[no-untyped-call]
+                    features.shape, weight, gradient, padding=1
+                )
+            else:
+                # The gradient of a convolution is one with the kernel turned round.
+                turned = weight.flip(2, 3).transpose(0, 1)
+                features_gradient = _convolve(gradient, turned, None, None)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            weight_gradient, bias_gradient = _weight_gradient(ctx.library, features, gradient)
+            weight_gradient, bias_gradient = _weight_gradient(features, gradient)
         return features_gradient, weight_gradient, bias_gradient if ctx.has_bias else None, None
 
 
-def _convolve(library: CDLL, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(features: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask | None) -> Tensor:
+    library = convolution_kernels()
+    assert library is not None
     num_images, num_inputs, height, width = features.shape
     num_outputs = weight.shape[0]
-    transform = torch.tensor(_WEIGHT_TRANSFORM)
-    points = torch.einsum("ia,jb,ocab->ijco", transform, transform, weight).contiguous()
+    rows = weight.permute(2, 3, 1, 0).reshape(9, num_inputs * num_outputs)
+    if num_inputs in _FEW_CHANNELS:
+        kernel, points = library.convolve_few, rows.contiguous()
+    else:
+        kernel, points = library.convolve, _weight_transform() @ rows
     output = torch.empty(
         (num_images, num_outputs, height, width), memory_format=torch.channels_last
     )
+    pointers = address(features), address(points), address(bias), address(output)
     sizes = (num_images, height, width, num_inputs, num_outputs, torch.get_num_threads())
-    failed = library.convolve(
-        address(features), address(points), address(bias), address(output), *sizes
-    )
-    if failed:
+    if kernel(*pointers, *sizes, None if mask is None else mask.arguments()):
         raise MemoryError("no memory for the convolution's scratch space")
     return output
 
 
-def _weight_gradient(library: CDLL, features: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def _weight_gradient(features: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    library = convolution_kernels()
+    assert library is not None
     num_images, num_inputs, height, width = features.shape
     num_outputs = gradient.shape[1]
-    num_threads = torch.get_num_threads()
-    sums = torch.zeros(num_threads, _NUM_POINTS, num_inputs, num_outputs)
-    bias_sums = torch.zeros(num_threads, num_outputs)
-    sizes = (num_images, height, width, num_inputs, num_outputs, num_threads)
-    failed = library.weight_gradient(
-        address(features), address(gradient), address(sums), address(bias_sums), *sizes
-    )
-    if failed:
+    few = num_inputs in _FEW_CHANNELS
+    kernel = library.weight_gradient_few if few else library.weight_gradient
+    sums = torch.zeros(_NUM_SHARES, 9 if few else _NUM_POINTS, num_inputs * num_outputs)
+    bias_sums = torch.zeros(_NUM_SHARES, num_outputs)
+    pointers = address(features), address(gradient), address(sums), address(bias_sums)
+    sizes = (num_images, height, width, num_inputs, num_outputs, torch.get_num_threads())
+    if kernel(*pointers, *sizes):
         raise MemoryError("no memory for the gradient's scratch space")
-    transform = torch.tensor(_WEIGHT_TRANSFORM)
-    points = sums.sum(0).view(6, 6, num_inputs, num_outputs)
-    weight_gradient = torch.einsum("ia,jb,ijco->ocab", transform, transform, points)
+    rows = sums.sum(0) if few else _weight_transform().T @ sums.sum(0)
+    weight_gradient = rows.view(3, 3, num_inputs, num_outputs).permute(3, 2, 0, 1)
     return weight_gradient, bias_sums.sum(0)
+
+
+@functools.cache
+def _weight_transform() -> Tensor:
+    """Return [36, 9]: the nine weights of a kernel to its 36 points."""
+    transform = torch.tensor(_WEIGHT_TRANSFORM)
+    return torch.kron(transform, transform)

@@ -1,11 +1,12 @@
 /* Training kernels for small channels-last networks in float32, compiled on the user's machine.
+ * Pictures are [n][h][w][c].
  *
  * - 3x3 convolution, stride 1, padding 1, and its weight gradient, by Winograd's F(4x4, 3x3)
  *   (Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4.3): a
- *   quarter of the multiplications of the direct form.
+ *   quarter of the multiplications of the direct form. The same directly for 1 or 3 channels.
  * - Leaky ReLU with dropout in one pass, its mask computed where it is needed.
  *
- * Pictures are [n][h][w][c]; c, h and w are multiples of 16, 4 and 4. GNU C vectors only.
+ * Sides are multiples of 4 (8 for the direct form), channels of 16. GNU C vectors, no intrinsics.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -15,6 +16,8 @@
 #define TILES 16      /* 4x4 output tiles worked on together: their transforms stay in the cache */
 #define POINTS 36     /* 6x6 input points of a tile */
 #define ROWS 8        /* rows of a product kept in registers */
+#define MAX_ROWS 9
+#define SHARES 8      /* parts of a batch whose weight gradients are added up apart */
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
@@ -24,6 +27,54 @@ typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
 
 INLINE floats load(const float *p) { return *(const floats *)p; }
 INLINE void store(float *p, floats v) { *(floats *)p = v; }
+
+/* A layer's leaky ReLU and dropout: which elements are kept, and the factors of those that are. */
+typedef struct { uint32_t key0, key1; int32_t threshold; float high, low; } mask;
+
+/* keep[e] = all ones where element 64 * block + e is kept: where byte e of the block's 16 words is
+ * at least the threshold. Word i is a hash of i and the key: lowbias32 (Wellons 2018) with the second
+ * half of the key after its first step. The same numbers come from `dropout.draw_words`. */
+INLINE void keep_masks(uint32_t block, const mask *m, ints keep[4]) {
+    words i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    words h = (i + block * LANES) * 0x9E3779B9u + m->key0;
+    h ^= h >> 16;
+    h ^= m->key1;
+    h *= 0x7feb352du;
+    h ^= h >> 15;
+    h *= 0x846ca68bu;
+    h ^= h >> 16;
+    /* A byte for each lane, in the highest bits: four lanes share a word. */
+    const words up = {24, 16, 8, 0, 24, 16, 8, 0, 24, 16, 8, 0, 24, 16, 8, 0};
+    const words least = (words){0} + ((uint32_t)m->threshold << 24);
+#define SPREAD(w) \
+    __builtin_shufflevector(h, h, w, w, w, w, w + 1, w + 1, w + 1, w + 1, w + 2, w + 2, w + 2, \
+                            w + 2, w + 3, w + 3, w + 3, w + 3)
+    keep[0] = SPREAD(0) << up >= least;
+    keep[1] = SPREAD(4) << up >= least;
+    keep[2] = SPREAD(8) << up >= least;
+    keep[3] = SPREAD(12) << up >= least;
+}
+
+/* v * (sign > 0 ? m->high : m->low), or 0 where not kept. */
+INLINE floats masked(floats v, floats sign, ints keep, const mask *m) {
+    ints positive = sign > 0.f;
+    floats all_high = (floats){0} + m->high, all_low = (floats){0} + m->low;
+    ints difference = (ints)all_high ^ (ints)all_low;
+    floats factor = (floats)((ints)all_low ^ (difference & positive));
+    return (floats)((ints)(v * factor) & keep);
+}
+
+/* The mask on a line that begins at this element of the layer; both are multiples of 64. */
+INLINE void mask_line(float *line, long element, int length, const mask *m) {
+    for (int at = 0; at < length; at += 64) {
+        ints keep[4];
+        keep_masks((uint32_t)((element + at) / 64), m, keep);
+        for (int q = 0; q < 4; q++) {
+            floats v = load(line + at + q * LANES);
+            store(line + at + q * LANES, masked(v, v, keep[q], m));
+        }
+    }
+}
 
 /* B^T d: six input points. */
 INLINE void transform_input(const floats d[6], floats o[6]) {
@@ -95,29 +146,33 @@ static void input_tiles(const float *x, float *transformed, long first, int coun
     }
 }
 
-/* out[r][:] (+)= sum_k left[k * step_k + r * step_r] * right[k][:], ROWS x (width * LANES). */
+/* out[r][:] (+)= sum_k left[k * step_k + r * step_r] * right[k][:], rows x (width * LANES).
+ * rows, width and add are constants where it is called. */
 INLINE void product(const float *left, long step_k, long step_r, const float *right, float *out,
-                    int depth, long columns, int width, int add) {
-    floats sum[ROWS][2];
-    for (int r = 0; r < ROWS; r++)
+                    int depth, long columns, int rows, int width, int add) {
+    floats sum[MAX_ROWS][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
         for (int v = 0; v < width; v++)
             sum[r][v] = add ? load(out + r * columns + v * LANES) : (floats){0};
     for (int k = 0; k < depth; k++) {
         floats b[2];
         for (int v = 0; v < width; v++) b[v] = load(right + k * columns + v * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
             float a = left[k * step_k + r * step_r];
             for (int v = 0; v < width; v++) sum[r][v] += a * b[v];
         }
     }
-    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
         for (int v = 0; v < width; v++) store(out + r * columns + v * LANES, sum[r][v]);
 }
 
-/* y = conv(x) + bias. weights: [POINTS][in][out], transformed; bias may be null. 0 on success. */
+/* y = conv(x) + bias, then the mask. weights: [POINTS][in][out], transformed; bias and mask may be
+ * null. 0 on success. */
 int convolve(const float *x, const float *weights, const float *bias, float *y, int n, int h,
-             int w, int in, int out, int num_threads) {
+             int w, int in, int out, int num_threads, const mask *m) {
     long num_tiles = (long)n * (h / 4) * (w / 4);
     int failed = 0;
 #pragma omp parallel num_threads(num_threads)
@@ -129,7 +184,7 @@ int convolve(const float *x, const float *weights, const float *bias, float *y, 
             failed = 1;
         }
 #pragma omp barrier
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 4)
         for (long first = 0; first < num_tiles; first += TILES) {
             if (failed) continue;
             int count = num_tiles - first < TILES ? (int)(num_tiles - first) : TILES;
@@ -140,8 +195,8 @@ int convolve(const float *x, const float *weights, const float *bias, float *y, 
                         const float *left = inputs + ((long)p * TILES + r) * in;
                         const float *right = weights + (long)p * in * out + k;
                         float *to = products + ((long)p * TILES + r) * out + k;
-                        if (out - k > LANES) product(left, 1, in, right, to, in, out, 2, 0);
-                        else product(left, 1, in, right, to, in, out, 1, 0);
+                        if (out - k > LANES) product(left, 1, in, right, to, in, out, ROWS, 2, 0);
+                        else product(left, 1, in, right, to, in, out, ROWS, 1, 0);
                     }
             for (int t = 0; t < count; t++) {
                 place at = place_of(first + t, h, w);
@@ -162,6 +217,10 @@ int convolve(const float *x, const float *weights, const float *bias, float *y, 
                         for (int j = 0; j < 4; j++) store(row + (long)j * out, o[j] + b);
                     }
                 }
+                for (int i = 0; m && i < 4; i++) {
+                    float *line = image + ((long)(at.row + i) * w + at.column) * out;
+                    mask_line(line, line - y, 4 * out, m);
+                }
             }
         }
         free(inputs);
@@ -170,8 +229,9 @@ int convolve(const float *x, const float *weights, const float *bias, float *y, 
     return failed;
 }
 
-/* sums[thread][POINTS][in][out] and bias_sums[thread][out] += gradients, for the caller to add up
- * and transform back. Both are zero at the start. 0 on success. */
+/* sums[SHARES][POINTS][in][out] and bias_sums[SHARES][out] += gradients, for the caller to add up
+ * and transform back. Both are zero at the start. Each share of the batch has a sum of its own,
+ * whichever thread works on it, so that the bits do not depend on the threads. 0 on success. */
 int weight_gradient(const float *x, const float *dy, float *sums, float *bias_sums, int n, int h,
                     int w, int in, int out, int num_threads) {
     long num_tiles = (long)n * (h / 4) * (w / 4);
@@ -186,14 +246,12 @@ int weight_gradient(const float *x, const float *dy, float *sums, float *bias_su
             failed = 1;
         }
 #pragma omp barrier
-#pragma omp for schedule(static, 1)
-        /* One share of the blocks for each sum, whichever thread works on it: the additions, and
-         * so every bit of the result, depend on num_threads alone. */
-        for (int share = 0; share < num_threads; share++) {
+#pragma omp for schedule(dynamic, 1)
+        for (int share = 0; share < SHARES; share++) {
             float *sum = sums + (long)share * POINTS * in * out;
             float *bias_sum = bias_sums + (long)share * out;
-            long block = num_blocks * share / num_threads;
-            long end = num_blocks * (share + 1) / num_threads;
+            long block = num_blocks * share / SHARES;
+            long end = num_blocks * (share + 1) / SHARES;
             for (; block < end && !failed; block++) {
                 long first = block * TILES;
                 int count = num_tiles - first < TILES ? (int)(num_tiles - first) : TILES;
@@ -230,8 +288,8 @@ int weight_gradient(const float *x, const float *dy, float *sums, float *bias_su
                             const float *left = inputs + (long)p * TILES * in + r;
                             const float *right = gradients + (long)p * TILES * out + k;
                             float *to = sum + ((long)p * in + r) * out + k;
-                            if (out - k > LANES) product(left, in, 1, right, to, TILES, out, 2, 1);
-                            else product(left, in, 1, right, to, TILES, out, 1, 1);
+                            if (out - k > LANES) product(left, in, 1, right, to, TILES, out, ROWS, 2, 1);
+                            else product(left, in, 1, right, to, TILES, out, ROWS, 1, 1);
                         }
             }
         }
@@ -241,56 +299,112 @@ int weight_gradient(const float *x, const float *dy, float *sums, float *bias_su
     return failed;
 }
 
-/* keep[e] = all ones where element 64 * block + e is kept: where byte e of the block's 16 words is
- * at least `threshold`. Word i is a hash of i and the key: lowbias32 (Wellons 2018) with the second
- * half of the key in its middle. The same numbers come from `dropout.draw_words`. */
-INLINE void keep_masks(uint32_t block, uint32_t key0, uint32_t key1, int threshold, ints keep[4]) {
-    words i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    words h = (i + block * LANES) * 0x9E3779B9u + key0;
-    h ^= h >> 16;
-    h *= 0x7feb352du;
-    h ^= h >> 15;
-    h ^= key1;
-    h *= 0x846ca68bu;
-    h ^= h >> 16;
-    /* A byte for each lane, in the highest bits: four lanes share a word. */
-    const words up = {24, 16, 8, 0, 24, 16, 8, 0, 24, 16, 8, 0, 24, 16, 8, 0};
-    const words least = (words){0} + ((uint32_t)threshold << 24);
-#define SPREAD(w) \
-    __builtin_shufflevector(h, h, w, w, w, w, w + 1, w + 1, w + 1, w + 1, w + 2, w + 2, w + 2, \
-                            w + 2, w + 3, w + 3, w + 3, w + 3)
-    keep[0] = SPREAD(0) << up >= least;
-    keep[1] = SPREAD(4) << up >= least;
-    keep[2] = SPREAD(8) << up >= least;
-    keep[3] = SPREAD(12) << up >= least;
+/* padded[w + 2][c] = one row of a picture between two zero pixels; all zero outside of it. */
+INLINE void padded_row(const float *image, float *padded, int row, int h, int w, int c) {
+    memset(padded, 0, sizeof(float) * (w + 2) * c);
+    if (row >= 0 && row < h)
+        memcpy(padded + c, image + (long)row * w * c, sizeof(float) * w * c);
 }
 
-/* v * (sign > 0 ? high : low), or 0 where not kept. */
-INLINE floats masked(floats v, floats sign, ints keep, float high, float low) {
-    ints positive = sign > 0.f;
-    floats all_high = (floats){0} + high, all_low = (floats){0} + low;
-    ints difference = (ints)all_high ^ (ints)all_low;
-    floats factor = (floats)((ints)all_low ^ (difference & positive));
-    return (floats)((ints)(v * factor) & keep);
+/* The same for few input channels. weights: [3][3 * in][out], rows of the kernel; w is a multiple
+ * of ROWS, out of LANES. 0 on success. */
+int convolve_few(const float *x, const float *weights, const float *bias, float *y, int n, int h,
+                 int w, int in, int out, int num_threads, const mask *m) {
+    int failed = 0;
+#pragma omp parallel num_threads(num_threads)
+    {
+        float *padded = malloc(sizeof(float) * 3 * (w + 2) * in);
+        if (!padded) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 32)
+        for (long line = 0; line < (long)n * h; line++) {
+            if (failed) continue;
+            int row = (int)(line % h);
+            const float *image = x + line / h * h * w * in;
+            for (int i = 0; i < 3; i++)
+                padded_row(image, padded + i * (w + 2) * in, row - 1 + i, h, w, in);
+            for (int column = 0; column < w; column += ROWS) {
+                float *to = y + (line * w + column) * out;
+                for (int r = 0; r < ROWS; r++)
+                    for (int k = 0; k < out; k += LANES)
+                        store(to + r * out + k, bias ? load(bias + k) : (floats){0});
+                for (int i = 0; i < 3; i++)
+                    for (int k = 0; k < out; k += 2 * LANES) {
+                        const float *left = padded + (i * (w + 2) + column) * in;
+                        const float *right = weights + (long)i * 3 * in * out + k;
+                        if (out - k > LANES)
+                            product(left, 1, in, right, to + k, 3 * in, out, ROWS, 2, 1);
+                        else
+                            product(left, 1, in, right, to + k, 3 * in, out, ROWS, 1, 1);
+                    }
+                if (m) mask_line(to, to - y, ROWS * out, m);
+            }
+        }
+        free(padded);
+    }
+    return failed;
 }
 
-/* to = from * (sign > 0 ? high : low) * mask, all of n elements in the same order. */
-void leaky_dropout(const float *from, const float *sign, float *to, long n, uint32_t key0,
-                   uint32_t key1, int threshold, float high, float low, int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
+/* sums[SHARES][3][3 * in][out] and bias_sums[SHARES][out] += gradients; in is 1 or 3. */
+int weight_gradient_few(const float *x, const float *dy, float *sums, float *bias_sums, int n,
+                        int h, int w, int in, int out, int num_threads) {
+    int failed = 0;
+    long num_lines = (long)n * h;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+    for (int share = 0; share < SHARES; share++) {
+        float *padded = malloc(sizeof(float) * (w + 2) * in);
+        if (!padded) {
+#pragma omp atomic write
+            failed = 1;
+            continue;
+        }
+        float *bias_sum = bias_sums + (long)share * out;
+        long end = num_lines * (share + 1) / SHARES;
+        for (long line = num_lines * share / SHARES; line < end; line++) {
+            const float *image = x + line / h * h * w * in, *gradient = dy + line * w * out;
+            for (int k = 0; k < out; k += LANES) {
+                floats total = load(bias_sum + k);
+                for (int column = 0; column < w; column++) total += load(gradient + column * out + k);
+                store(bias_sum + k, total);
+            }
+            for (int i = 0; i < 3; i++) {
+                padded_row(image, padded, (int)(line % h) - 1 + i, h, w, in);
+                for (int k = 0; k < out; k += 2 * LANES) {
+                    float *to = sums + ((long)share * 3 + i) * 3 * in * out + k;
+                    const float *right = gradient + k;
+                    int two = out - k > LANES;
+                    if (in == 3 && two) product(padded, in, 1, right, to, w, out, 9, 2, 1);
+                    else if (in == 3) product(padded, in, 1, right, to, w, out, 9, 1, 1);
+                    else if (two) product(padded, in, 1, right, to, w, out, 3, 2, 1);
+                    else product(padded, in, 1, right, to, w, out, 3, 1, 1);
+                }
+            }
+        }
+        free(padded);
+    }
+    return failed;
+}
+
+/* to = from * (sign > 0 ? m->high : m->low) where kept, all of n elements in the same order. */
+void leaky_dropout(const float *from, const float *sign, float *to, long n, int num_threads,
+                   const mask *m) {
+#pragma omp parallel for schedule(dynamic, 512) num_threads(num_threads)
     for (long block = 0; block < (n + 63) / 64; block++) {
         ints keep[4];
-        keep_masks((uint32_t)block, key0, key1, threshold, keep);
+        keep_masks((uint32_t)block, m, keep);
         long at = block * 64;
         if (at + 64 <= n) {
             for (int q = 0; q < 4; q++) {
                 long e = at + q * LANES;
-                store(to + e, masked(load(from + e), load(sign + e), keep[q], high, low));
+                store(to + e, masked(load(from + e), load(sign + e), keep[q], m));
             }
         } else {
             for (long e = at; e < n; e++) {
                 int32_t kept = keep[(e - at) / LANES][(e - at) % LANES];
-                to[e] = kept ? from[e] * (sign[e] > 0 ? high : low) : 0.f;
+                to[e] = kept ? from[e] * (sign[e] > 0 ? m->high : m->low) : 0.f;
             }
         }
     }
@@ -299,19 +413,18 @@ void leaky_dropout(const float *from, const float *sign, float *to, long n, uint
 /* The same where `from` is [n][c], one row for all pixels of a picture of [pixels][c]:
  * c is a multiple of 16 and pixels * c of 64. */
 void leaky_dropout_pooled(const float *from, const float *sign, float *to, long n, long pixels,
-                          long c, uint32_t key0, uint32_t key1, int threshold, float high,
-                          float low, int num_threads) {
+                          long c, int num_threads, const mask *m) {
     long num_blocks = pixels * c / 64;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
     for (long image = 0; image < n; image++) {
         long channel = 0;
         for (long block = 0; block < num_blocks; block++) {
             ints keep[4];
-            keep_masks((uint32_t)(image * num_blocks + block), key0, key1, threshold, keep);
+            keep_masks((uint32_t)(image * num_blocks + block), m, keep);
             for (int q = 0; q < 4; q++) {
                 long e = (image * num_blocks + block) * 64 + q * LANES;
                 floats v = load(from + image * c + channel);
-                store(to + e, masked(v, load(sign + e), keep[q], high, low));
+                store(to + e, masked(v, load(sign + e), keep[q], m));
                 channel = channel + LANES == c ? 0 : channel + LANES;
             }
         }

@@ -1,7 +1,7 @@
 """The training kernels of ``kernels.c``, compiled for this machine at first use.
 
-They are an acceleration and nothing else: without a C compiler, on a processor they were not made
-for, or with ``UNDERSTUDY_NATIVE=0``, the callers compute the same with PyTorch.
+They are an acceleration and nothing else: without a C compiler, or with ``UNDERSTUDY_NATIVE=0``,
+the callers compute the same with PyTorch and numpy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +28,31 @@ _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC")
 _LOG = logging.getLogger(__name__)
 
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
-_WORD = ctypes.c_uint32
-_MASK = [_WORD, _WORD, _INT, _FLOAT, _FLOAT, _INT]
-_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "convolve": (_INT, [_POINTER] * 4 + [_INT] * 6),
-    "weight_gradient": (_INT, [_POINTER] * 4 + [_INT] * 6),
-    "leaky_dropout": (None, [_POINTER] * 3 + [_LONG, *_MASK]),
-    "leaky_dropout_pooled": (None, [_POINTER] * 3 + [_LONG] * 3 + _MASK),
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+
+
+class MaskArguments(ctypes.Structure):
+    """``mask`` of ``kernels.c``: which elements a dropout keeps, and the factors of those."""
+
+    _fields_ = (
+        ("key0", ctypes.c_uint32),
+        ("key1", ctypes.c_uint32),
+        ("threshold", ctypes.c_int32),
+        ("high", ctypes.c_float),
+        ("low", ctypes.c_float),
+    )
+
+
+_MASK: Any = ctypes.POINTER(MaskArguments)
+_CONVOLVE = [_POINTER] * 4 + [_INT] * 6 + [_MASK]
+_GRADIENT = [_POINTER] * 4 + [_INT] * 6
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "convolve": (_INT, _CONVOLVE),
+    "convolve_few": (_INT, _CONVOLVE),
+    "weight_gradient": (_INT, _GRADIENT),
+    "weight_gradient_few": (_INT, _GRADIENT),
+    "leaky_dropout": (None, [_POINTER] * 3 + [_LONG, _INT, _MASK]),
+    "leaky_dropout_pooled": (None, [_POINTER] * 3 + [_LONG] * 3 + [_INT, _MASK]),
 }
 
 
@@ -42,10 +60,6 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 def kernels() -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where there are none (the reason is logged once)."""
     if os.environ.get("UNDERSTUDY_NATIVE", "1") == "0":
-        return None
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        # Sixteen floats a vector and 32 registers are what the kernels are laid out for.
-        _LOG.info("native kernels are not used: the processor has no AVX-512")
         return None
     try:
         library = ctypes.CDLL(str(_compiled()))
@@ -58,6 +72,15 @@ def kernels() -> ctypes.CDLL | None:
         function.restype = result
         function.argtypes = arguments
     return library
+
+
+@functools.cache
+def convolution_kernels() -> ctypes.CDLL | None:
+    """Return the kernels where their convolutions are the faster ones, else None.
+
+    They keep sixteen vectors of sixteen floats in registers, which AVX-512 has.
+    """
+    return kernels() if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
 
 
 def address(tensor: Tensor | None) -> int | None:

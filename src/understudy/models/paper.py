@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from understudy.models.dropout import FastDropout, LeakyReLUDropout
+from understudy.models.fast_conv import FastConv3x3
 
 
 class PaperStudent(nn.Module):
@@ -34,17 +35,14 @@ class PaperStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 3, padding=1),
-            LeakyReLUDropout(dropout),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            LeakyReLUDropout(dropout),
+            FastConv3x3(in_channels, channels, activation=LeakyReLUDropout(dropout)),
+            FastConv3x3(channels, channels, activation=LeakyReLUDropout(dropout)),
         )
         self.classifier = _classifier(channels, hidden, num_classes, dropout)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Return logits_NK for normalised float images_NCHW."""
-        pooled_NC = self.features(images_NCHW).mean(dim=(2, 3))
-        logits_NK: Tensor = self.classifier(pooled_NC)
+        logits_NK: Tensor = self.classifier(_average(self.features(images_NCHW)))
         return logits_NK
 
 
@@ -74,12 +72,11 @@ class PaperTeacher(nn.Module):
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = [
-            nn.Conv2d(in_channels, channels, 3, padding=1),
-            LeakyReLUDropout(dropout),
+            FastConv3x3(in_channels, channels, activation=LeakyReLUDropout(dropout)),
         ]
         for _ in range(num_layers):
             layers += [
-                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                FastConv3x3(channels, channels, bias=False),
                 nn.LeakyReLU(),
                 nn.BatchNorm2d(channels),
                 FastDropout(dropout),
@@ -89,9 +86,15 @@ class PaperTeacher(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Return logits_NK for normalised float images_NCHW."""
-        pooled_NC = self.features(images_NCHW).mean(dim=(2, 3))
-        logits_NK: Tensor = self.classifier(pooled_NC)
+        logits_NK: Tensor = self.classifier(_average(self.features(images_NCHW)))
         return logits_NK
+
+
+def _average(features_NCHW: Tensor) -> Tensor:
+    # A sum, then a small division: the gradient of mean() would be written out for every pixel,
+    # while that of sum() is one number a channel, which the dropout's kernel takes as it is.
+    height, width = features_NCHW.shape[2:]
+    return features_NCHW.sum(dim=(2, 3)) / (height * width)
 
 
 def _classifier(channels: int, hidden: int, num_classes: int, dropout: float) -> nn.Sequential:
