@@ -127,16 +127,22 @@ class _Convolution(torch.autograd.Function):
         return features_gradient, weight_gradient, bias_gradient if ctx.has_bias else None, None
 
 
+def kernel_points(weight: Tensor) -> Tensor:
+    """Return [36, in * out], what the native convolution takes, of a weight [out, in, 3, 3]."""
+    return _weight_transform() @ weight.permute(2, 3, 1, 0).reshape(9, -1)
+
+
 def _convolve(features: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask | None) -> Tensor:
     library = convolution_kernels()
     assert library is not None
     num_images, num_inputs, height, width = features.shape
     num_outputs = weight.shape[0]
-    rows = weight.permute(2, 3, 1, 0).reshape(9, num_inputs * num_outputs)
     if num_inputs in _FEW_CHANNELS:
-        kernel, points = library.convolve_few, rows.contiguous()
+        points = weight.permute(2, 3, 1, 0).contiguous()
+        kernel = library.convolve_few
     else:
-        kernel, points = library.convolve, _weight_transform() @ rows
+        points = kernel_points(weight)
+        kernel = library.convolve
     output = torch.empty(
         (num_images, num_outputs, height, width), memory_format=torch.channels_last
     )

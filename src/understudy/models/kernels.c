@@ -1,4 +1,4 @@
-/* Training kernels for small channels-last networks in float32, compiled on the user's machine.
+/* Kernels for small channels-last networks in float32, compiled on the user's machine.
  * Pictures are [n][h][w][c].
  *
  * - 3x3 convolution, stride 1, padding 1, and its weight gradient, by Winograd's F(4x4, 3x3)
@@ -16,7 +16,10 @@
 #define TILES 16      /* 4x4 output tiles worked on together: their transforms stay in the cache */
 #define POINTS 36     /* 6x6 input points of a tile */
 #define ROWS 8        /* rows of a product kept in registers */
-#define MAX_ROWS 9
+#define MAX_ROWS TILES
+/* Floats from one point's tiles to the next: a power of two would put all points into the same few
+ * sets of the cache. */
+#define STEP(c) (TILES * (long)(c) + LANES)
 #define SHARES 8      /* parts of a batch whose weight gradients are added up apart */
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
@@ -76,6 +79,9 @@ INLINE void mask_line(float *line, long element, int length, const mask *m) {
     }
 }
 
+/* max(v, 0), and NaN where v is. */
+INLINE floats rectified(floats v) { return (floats)((ints)v & ~(v < 0.f)); }
+
 /* B^T d: six input points. */
 INLINE void transform_input(const floats d[6], floats o[6]) {
     floats a = d[4] - 4.f * d[2], b = d[3] - 4.f * d[1];
@@ -119,7 +125,7 @@ INLINE place place_of(long tile, int h, int w) {
 /* transformed[POINTS][TILES][c] of `count` tiles from `first`; the rest is zero. */
 static void input_tiles(const float *x, float *transformed, long first, int count, int h, int w,
                         int c) {
-    if (count < TILES) memset(transformed, 0, sizeof(float) * POINTS * TILES * c);
+    if (count < TILES) memset(transformed, 0, sizeof(float) * POINTS * STEP(c));
     for (int t = 0; t < count; t++) {
         place at = place_of(first + t, h, w);
         const float *image = x + at.image * h * w * c;
@@ -140,7 +146,7 @@ static void input_tiles(const float *x, float *transformed, long first, int coun
                 floats o[6];
                 transform_input(half[i], o);
                 for (int j = 0; j < 6; j++)
-                    store(transformed + ((i * 6 + j) * TILES + t) * (long)c + k, o[j]);
+                    store(transformed + (i * 6 + j) * STEP(c) + t * (long)c + k, o[j]);
             }
         }
     }
@@ -169,16 +175,17 @@ INLINE void product(const float *left, long step_k, long step_r, const float *ri
         for (int v = 0; v < width; v++) store(out + r * columns + v * LANES, sum[r][v]);
 }
 
-/* y = conv(x) + bias, then the mask. weights: [POINTS][in][out], transformed; bias and mask may be
- * null. 0 on success. */
-int convolve(const float *x, const float *weights, const float *bias, float *y, int n, int h,
-             int w, int in, int out, int num_threads, const mask *m) {
+/* y = conv(x) + bias + added, rectified where asked, then the mask. weights: [POINTS][in][out],
+ * transformed; bias, added and mask may be null, and y may be added. 0 on success. */
+INLINE int convolve_any(const float *x, const float *weights, const float *bias,
+                        const float *added, float *y, int n, int h, int w, int in, int out,
+                        int rectify, int num_threads, const mask *m) {
     long num_tiles = (long)n * (h / 4) * (w / 4);
     int failed = 0;
 #pragma omp parallel num_threads(num_threads)
     {
-        float *inputs = aligned_alloc(64, sizeof(float) * POINTS * TILES * in);
-        float *products = aligned_alloc(64, sizeof(float) * POINTS * TILES * out);
+        float *inputs = aligned_alloc(64, sizeof(float) * POINTS * STEP(in));
+        float *products = aligned_alloc(64, sizeof(float) * POINTS * STEP(out));
         if (!inputs || !products) {
 #pragma omp atomic write
             failed = 1;
@@ -190,14 +197,18 @@ int convolve(const float *x, const float *weights, const float *bias, float *y, 
             int count = num_tiles - first < TILES ? (int)(num_tiles - first) : TILES;
             input_tiles(x, inputs, first, count, h, w, in);
             for (int p = 0; p < POINTS; p++)
-                for (int r = 0; r < TILES; r += ROWS)
-                    for (int k = 0; k < out; k += 2 * LANES) {
-                        const float *left = inputs + ((long)p * TILES + r) * in;
-                        const float *right = weights + (long)p * in * out + k;
-                        float *to = products + ((long)p * TILES + r) * out + k;
-                        if (out - k > LANES) product(left, 1, in, right, to, in, out, ROWS, 2, 0);
-                        else product(left, 1, in, right, to, in, out, ROWS, 1, 0);
+                for (int k = 0; k < out; k += 2 * LANES) {
+                    const float *left = inputs + p * STEP(in);
+                    const float *right = weights + (long)p * in * out + k;
+                    float *to = products + p * STEP(out) + k;
+                    if (out - k <= LANES) {
+                        product(left, 1, in, right, to, in, out, TILES, 1, 0);
+                        continue;
                     }
+                    for (int r = 0; r < TILES; r += ROWS)
+                        product(left + (long)r * in, 1, in, right, to + (long)r * out, in, out,
+                                ROWS, 2, 0);
+                }
             for (int t = 0; t < count; t++) {
                 place at = place_of(first + t, h, w);
                 float *image = y + at.image * h * w * out;
@@ -206,7 +217,7 @@ int convolve(const float *x, const float *weights, const float *bias, float *y, 
                     for (int j = 0; j < 6; j++) {
                         floats m[6], o[4];
                         for (int i = 0; i < 6; i++)
-                            m[i] = load(products + ((i * 6 + j) * TILES + t) * (long)out + k);
+                            m[i] = load(products + (i * 6 + j) * STEP(out) + t * (long)out + k);
                         transform_output(m, o);
                         for (int i = 0; i < 4; i++) half[i][j] = o[i];
                     }
@@ -214,7 +225,12 @@ int convolve(const float *x, const float *weights, const float *bias, float *y, 
                         floats o[4];
                         transform_output(half[i], o);
                         float *row = image + ((long)(at.row + i) * w + at.column) * out + k;
-                        for (int j = 0; j < 4; j++) store(row + (long)j * out, o[j] + b);
+                        for (int j = 0; j < 4; j++) {
+                            floats v = o[j] + b;
+                            if (added) v += load(added + (row - y) + (long)j * out);
+                            if (rectify) v = rectified(v);
+                            store(row + (long)j * out, v);
+                        }
                     }
                 }
                 for (int i = 0; m && i < 4; i++) {
@@ -229,6 +245,17 @@ int convolve(const float *x, const float *weights, const float *bias, float *y, 
     return failed;
 }
 
+int convolve(const float *x, const float *weights, const float *bias, float *y, int n, int h,
+             int w, int in, int out, int num_threads, const mask *m) {
+    return convolve_any(x, weights, bias, NULL, y, n, h, w, in, out, 0, num_threads, m);
+}
+
+/* For inference: y = conv(x) + bias + added, max(y, 0) where rectify. */
+int convolve_added(const float *x, const float *weights, const float *bias, const float *added,
+                   float *y, int n, int h, int w, int in, int out, int rectify, int num_threads) {
+    return convolve_any(x, weights, bias, added, y, n, h, w, in, out, rectify, num_threads, NULL);
+}
+
 /* sums[SHARES][POINTS][in][out] and bias_sums[SHARES][out] += gradients, for the caller to add up
  * and transform back. Both are zero at the start. Each share of the batch has a sum of its own,
  * whichever thread works on it, so that the bits do not depend on the threads. 0 on success. */
@@ -239,8 +266,8 @@ int weight_gradient(const float *x, const float *dy, float *sums, float *bias_su
     long num_blocks = (num_tiles + TILES - 1) / TILES;
 #pragma omp parallel num_threads(num_threads)
     {
-        float *inputs = aligned_alloc(64, sizeof(float) * POINTS * TILES * in);
-        float *gradients = aligned_alloc(64, sizeof(float) * POINTS * TILES * out);
+        float *inputs = aligned_alloc(64, sizeof(float) * POINTS * STEP(in));
+        float *gradients = aligned_alloc(64, sizeof(float) * POINTS * STEP(out));
         if (!inputs || !gradients) {
 #pragma omp atomic write
             failed = 1;
@@ -256,7 +283,7 @@ int weight_gradient(const float *x, const float *dy, float *sums, float *bias_su
                 long first = block * TILES;
                 int count = num_tiles - first < TILES ? (int)(num_tiles - first) : TILES;
                 input_tiles(x, inputs, first, count, h, w, in);
-                if (count < TILES) memset(gradients, 0, sizeof(float) * POINTS * TILES * out);
+                if (count < TILES) memset(gradients, 0, sizeof(float) * POINTS * STEP(out));
                 for (int k = 0; k < out; k += LANES) {
                     floats total = load(bias_sum + k);
                     for (int t = 0; t < count; t++) {
@@ -277,7 +304,7 @@ int weight_gradient(const float *x, const float *dy, float *sums, float *bias_su
                             floats o[6];
                             transform_gradient(half[i], o);
                             for (int j = 0; j < 6; j++)
-                                store(gradients + ((i * 6 + j) * TILES + t) * (long)out + k, o[j]);
+                                store(gradients + (i * 6 + j) * STEP(out) + t * (long)out + k, o[j]);
                         }
                     }
                     store(bias_sum + k, total);
@@ -285,8 +312,8 @@ int weight_gradient(const float *x, const float *dy, float *sums, float *bias_su
                 for (int p = 0; p < POINTS; p++)
                     for (int r = 0; r < in; r += ROWS)
                         for (int k = 0; k < out; k += 2 * LANES) {
-                            const float *left = inputs + (long)p * TILES * in + r;
-                            const float *right = gradients + (long)p * TILES * out + k;
+                            const float *left = inputs + p * STEP(in) + r;
+                            const float *right = gradients + p * STEP(out) + k;
                             float *to = sum + ((long)p * in + r) * out + k;
                             if (out - k > LANES) product(left, in, 1, right, to, TILES, out, ROWS, 2, 1);
                             else product(left, in, 1, right, to, TILES, out, ROWS, 1, 1);

@@ -1,4 +1,4 @@
-"""The training kernels of ``kernels.c``, compiled for this machine at first use.
+"""The kernels of ``kernels.c``, compiled for this machine at first use.
 
 They are an acceleration and nothing else: without a C compiler, or with ``UNDERSTUDY_NATIVE=0``,
 the callers compute the same with PyTorch and numpy.
@@ -48,6 +48,7 @@ _CONVOLVE = [_POINTER] * 4 + [_INT] * 6 + [_MASK]
 _GRADIENT = [_POINTER] * 4 + [_INT] * 6
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "convolve": (_INT, _CONVOLVE),
+    "convolve_added": (_INT, [_POINTER] * 5 + [_INT] * 7),
     "convolve_few": (_INT, _CONVOLVE),
     "weight_gradient": (_INT, _GRADIENT),
     "weight_gradient_few": (_INT, _GRADIENT),
