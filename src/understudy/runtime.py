@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import resource
 import signal
 import sys
 import threading
@@ -92,12 +91,6 @@ def hardware_facts() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
-
-
-def peak_memory_bytes() -> int:
-    """Return the largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextlib.contextmanager
