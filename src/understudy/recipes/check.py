@@ -38,7 +38,7 @@ def check_recipe(run: Run) -> None:
         *check_teacher_section(recipe.teacher),
         *check_student_section(recipe.student),
         *check_spec(run.transforms, where="views.transforms"),
-        *check_labelling(recipe),
+        *check_processes(recipe),
     ]
     if problems:
         raise RecipeError(*problems)
@@ -48,7 +48,7 @@ def check_recipe(run: Run) -> None:
     problems += check_spec(
         run.transforms, image_shape=run.source.image_shape, where="views.transforms"
     )
-    problems += check_class_names(run)
+    problems += check_sizes(run)
     problems += check_networks(run)
     if problems:
         raise RecipeError(*dict.fromkeys(problems))
@@ -157,34 +157,27 @@ def check_teacher_section(teacher: TeacherSection) -> list[str]:
     return problems
 
 
-def check_labelling(recipe: Recipe) -> list[str]:
-    """Settings that need each other."""
-    problems = []
-    device = recipe.device
-    if recipe.training.batch_size < device.num_processes:
-        problems.append(
-            problem(
-                f"training.batch_size is {recipe.training.batch_size} with "
-                f"{device.num_processes} processes",
-                expected="at least one sample a process",
-                mend="Raise the batch size or lower device.num_processes.",
-            )
+def check_processes(recipe: Recipe) -> list[str]:
+    """Every batch is divided evenly among the processes, so it must be divisible."""
+    num_processes = recipe.device.num_processes
+    sizes = {"training.batch_size": recipe.training.batch_size}
+    if recipe.teacher.training is not None:
+        sizes["teacher.training.batch_size"] = recipe.teacher.training.batch_size
+    return [
+        problem(
+            f"{name} is {size} with {num_processes} processes",
+            expected=f"a multiple of {num_processes}",
+            mend="Change the batch size or device.num_processes.",
         )
-    return problems
+        for name, size in sizes.items()
+        if size % num_processes
+    ]
 
 
-def check_class_names(run: Run) -> list[str]:
-    """The teacher's class names and the stored top k must fit the data."""
+def check_sizes(run: Run) -> list[str]:
+    """The stored top k and the batch size must fit the data."""
     problems = []
-    names, num_classes = run.recipe.teacher.class_names, len(run.source.class_names)
-    if names is not None and len(names) != num_classes:
-        problems.append(
-            problem(
-                f"teacher.class_names has {len(names)} names and the data {num_classes} classes",
-                expected="the data's classes in the teacher's order",
-                mend=f"The data's classes are: {', '.join(run.source.class_names)}.",
-            )
-        )
+    num_classes = len(run.source.class_names)
     top_k = run.recipe.labelling.top_k
     if top_k is not None and top_k > num_classes:
         problems.append(

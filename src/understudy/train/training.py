@@ -118,8 +118,6 @@ class Training:
     ) -> dict[str, float]:
         """Back-propagate the batch in its micro-batches; return loss, terms and accuracy."""
         weights = self.plan.objective.weights(done)
-        # A process may hold one sample more than another: its mean then counts for more.
-        local_share = len(batch.labels_N) * self.fabric.world_size / self.plan.feed.batch_size
         values: dict[str, float] = dict.fromkeys(("loss", "accuracy"), 0.0)
         parts = list(self.micro_batches(batch, teacher_logits_NK))
         for number, (part, teacher_part) in enumerate(parts):
@@ -131,7 +129,7 @@ class Training:
                     (weights[name] * term for name, term in output.terms.items()),
                     start=torch.zeros((), device=self.fabric.device),
                 )
-                self.fabric.backward(loss * (share * local_share))
+                self.fabric.backward(loss * share)
             values["loss"] += loss.item() * share
             values["accuracy"] += batch_accuracy(output.logits_NK.detach(), part) * share
             for name, term in output.terms.items():
