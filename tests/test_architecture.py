@@ -21,6 +21,7 @@ LAYERS = {
     "models": 1,
     "teachers": 2,
     "losses": 2,
+    "heads": 2,
     "train": 3,
     "export": 4,
     "evaluate": 5,
@@ -85,7 +86,32 @@ def test_the_public_surface_is_what_it_was():
     assert understudy.__all__ == ["Recipe", "distill", "load_recipe"]
     from understudy import losses, stages
 
-    assert losses.__all__ == ["cross_entropy", "kl"]
+    assert losses.__all__ == [
+        "ContrastMemory",
+        "attention_map",
+        "attention_transfer",
+        "class_prior",
+        "class_prior_table",
+        "correlation_congruence",
+        "crd",
+        "cross_entropy",
+        "dist",
+        "dkd",
+        "embedding_alignment",
+        "hint",
+        "kl",
+        "mse_logits",
+        "nst",
+        "pkt",
+        "review",
+        "rkd",
+        "salient_attention",
+        "similarity_preserving",
+        "standardized_kl",
+        "top_k_kl",
+        "vid",
+        "vid_variance",
+    ]
     assert stages.__all__ == [
         "distill",
         "evaluate",
