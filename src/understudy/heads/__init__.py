@@ -1,0 +1,1 @@
+"""What is trained beside the student to learn from a teacher, and never exported."""
