@@ -10,9 +10,10 @@ from understudy.data.batches import iter_view_batches
 from understudy.data.images import DataFacts, InMemoryImages
 from understudy.data.views import Views
 from understudy.errors import ModelError, StoreError
-from understudy.teachers.label import StoredTeacher, label_views, load_view, view_keys
+from understudy.teachers.label import label_views, view_keys
 from understudy.teachers.maintenance import verify_store
 from understudy.teachers.store import CHUNK_ROWS, OutputStore
+from understudy.teachers.stored import StoredTeacher, load_view
 
 NUM_SAMPLES = 3 * CHUNK_ROWS
 NUM_CLASSES = 5
@@ -89,7 +90,9 @@ def test_stored_outputs_are_the_teachers_on_the_very_pictures_the_student_sees(t
         # Batches of another size and order, as the student's are.
         for batch in iter_view_batches(source, views, shuffled_N.split(77), view=view):
             expected_NK = teacher(batch.images_NCHW)
-            got_NK = stored.outputs(batch.indices_N, view=view)
+            outputs = stored.outputs(batch, view=view)
+            assert (outputs.features, outputs.top_k) == ({}, None)
+            got_NK = outputs.logits_NK
             assert got_NK.dtype == torch.float32
             assert torch.allclose(got_NK, expected_NK, atol=2**-8)
     assert not torch.equal(load_view(entries[0]), load_view(entries[1]))
@@ -125,7 +128,7 @@ def test_a_damaged_chunk_alone_is_computed_again(tmp_path, caplog, bytes_kept):
     data[len(data) // 2] ^= 4
     path.write_bytes(bytes(data[:bytes_kept]))
     with pytest.raises(StoreError, match=r"c\.1\.0 is damaged"):
-        StoredTeacher(entries, given[3]).outputs(given[3], view=1)
+        StoredTeacher(entries, given[3]).rows(given[3], view=1)
     with caplog.at_level(logging.WARNING, logger="understudy"):
         report = label_views(*given, entries=entries)
     assert (report.num_computed, report.num_repaired) == (1024, 1)
@@ -169,7 +172,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import understudy.artifacts as artifacts
-import understudy.teachers.store as store_module
+import understudy.teachers.entry as entry_module
 from test_label import *
 
 whole_write = artifacts.write_bytes
@@ -182,7 +185,7 @@ def write_and_die(path, data):
         temporary.write_bytes(data[: len(data) // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
-store_module.write_bytes = write_and_die
+entry_module.write_bytes = write_and_die
 views = new_views()
 entries = new_entries(Path(sys.argv[1]), views)
 label_views(teacher, new_source(), views, new_indices(), entries=entries)
@@ -240,18 +243,19 @@ def test_entries_and_questions_for_other_samples_are_refused(tmp_path):
     label_views(teacher, source, None, indices_N, entries=entries)
     stored = StoredTeacher(entries, indices_N)
     with pytest.raises(StoreError, match="not in the labelled split"):
-        stored.outputs(torch.tensor([0, 1]), view=0)
+        stored.rows(torch.tensor([0, 1]), view=0)
     with pytest.raises(StoreError, match="not in the labelled split"):
-        stored.outputs(torch.tensor([NUM_SAMPLES + 9]), view=0)
+        stored.rows(torch.tensor([NUM_SAMPLES + 9]), view=0)
     with pytest.raises(StoreError, match="view 4 is not stored"):
-        stored.outputs(torch.tensor([0]), view=4)
+        stored.rows(torch.tensor([0]), view=4)
 
 
 def test_top_k_outputs_are_answered_as_full_logits(tmp_path):
     source, indices_N = new_source(), new_indices()
     entries = new_entries(tmp_path, None, top_k=2)
     label_views(teacher, source, None, indices_N, entries=entries)
-    got_NK = StoredTeacher(entries, indices_N).outputs(indices_N[:50], view=0)
+    outputs = StoredTeacher(entries, indices_N).rows(indices_N[:50], view=0)
+    got_NK = outputs.logits_NK
     expected_NK = teacher(source.images(indices_N[:50]))
     probabilities, expected = got_NK.softmax(1), expected_NK.softmax(1)
     classes_Nk = expected.topk(2).indices
@@ -259,6 +263,10 @@ def test_top_k_outputs_are_answered_as_full_logits(tmp_path):
         probabilities.gather(1, classes_Nk), expected.gather(1, classes_Nk), atol=0.005
     )
     assert torch.equal(load_view(entries[0])[:50], got_NK)
+    # What was stored, for losses that use nothing else.
+    values_Nk, stored_classes_Nk = outputs.top_k
+    assert torch.equal(stored_classes_Nk, classes_Nk.sort(dim=1).values)
+    assert torch.equal(values_Nk, expected_NK.gather(1, stored_classes_Nk).half().float())
 
 
 def test_keys_differ_in_all_that_changes_outputs():

@@ -35,7 +35,8 @@ def list_store(folder: Path | None) -> str:
     store = open_store(folder)
     entries = list_entries(store)
     lines = [
-        f"{'entry':12}  {'teacher':10}  {'data':10}  {'view':>4}  {'rows':>9}  {'MB':>8}  state"
+        f"{'entry':12}  {'teacher':10}  {'data':10}  {'view':>4}  {'rows':>9}  {'MB':>8}  "
+        f"{'state':16}  output"
     ]
     lines += [line_of(entry) for entry in entries]
     total = sum(entry.size_bytes for entry in entries)
@@ -45,13 +46,14 @@ def list_store(folder: Path | None) -> str:
 
 def line_of(entry: EntrySummary) -> str:
     """Return an entry as a line of the table."""
-    teacher, data, view = "?", "?", "?"
+    teacher, data, view, output = "?", "?", "?", ""
     if entry.key is not None:
         teacher, data, view = entry.key.teacher[:10], entry.key.data[:10], str(entry.key.view)
+        output = entry.key.output
     state = "complete" if entry.complete else f"{entry.num_chunks_present} of {entry.num_chunks}"
     return (
         f"{entry.entry_id[:12]}  {teacher:10}  {data:10}  {view:>4}  {entry.num_rows or 0:>9,}  "
-        f"{entry.size_bytes / 1e6:>8.2f}  {entry.damage or state}"
+        f"{entry.size_bytes / 1e6:>8.2f}  {entry.damage or state:16}  {output}".rstrip()
     )
 
 

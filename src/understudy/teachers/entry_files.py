@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
@@ -20,7 +19,7 @@ from zarr.storage import MemoryStore
 
 from understudy.artifacts import content_hash, write_bytes
 from understudy.errors import StoreError, problem
-from understudy.teachers.packing import OutputFormat
+from understudy.teachers.packing import RowFormat, row_format
 
 MANIFEST_NAME = "entry.json"
 SEAL_NAME = "seal.json"
@@ -79,14 +78,14 @@ def create_metadata(path: Path, description: dict[str, Any]) -> None:
     """Write an entry's ``zarr.json`` and manifest; both follow from the description."""
     # The manifest comes last: a folder without it is made anew.
     metadata = _array_metadata(
-        OutputFormat(**description["format"]), description["num_rows"], description["chunk_rows"]
+        row_format(description["format"]), description["num_rows"], description["chunk_rows"]
     )
     write_bytes(path / ARRAY_NAME, metadata)
     zarr_sha256 = hashlib.sha256(metadata).hexdigest()
     write_bytes(path / MANIFEST_NAME, encoded({**description, "zarr_sha256": zarr_sha256}))
 
 
-def _array_metadata(layout: OutputFormat, num_rows: int, chunk_rows: int) -> bytes:
+def _array_metadata(layout: RowFormat, num_rows: int, chunk_rows: int) -> bytes:
     memory = MemoryStore()
     zarr.create_array(
         memory,
@@ -95,7 +94,7 @@ def _array_metadata(layout: OutputFormat, num_rows: int, chunk_rows: int) -> byt
         dtype=layout.word_dtype,
         # A value no row can have: Zarr leaves out chunks that are all fill value, so zero would
         # make a chunk of zeros look as if it had never been computed.
-        fill_value=float("nan") if layout.top_k is None else np.iinfo(layout.word_dtype).max,
+        fill_value=layout.fill_value,
         compressors=(ZstdCodec(level=3), Crc32cCodec()),
         chunk_key_encoding={"name": "default", "separator": "."},
     )

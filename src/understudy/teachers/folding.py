@@ -8,6 +8,8 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from understudy.teachers.tap_points import TapPoint
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -15,12 +17,17 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def folded(module: nn.Module) -> nn.Module:
     """Return a copy with every batch norm that follows a convolution or linear layer folded in.
 
-    What cannot be traced is left as it is, and its parts are tried one by one. The module must be
-    in evaluation mode.
+    What cannot be traced is left as it is, and its parts are tried one by one. Tapped layers stay
+    what they are, and their insides are folded apart. The module must be in evaluation mode.
     """
     copied = copy.deepcopy(module)
+    if isinstance(copied, TapPoint):
+        copied.layer = _folded_inside(copied.layer)
+        return copied
     try:
-        traced = fx.symbolic_trace(copied)
+        tracer = _Tracer()
+        graph = tracer.trace(copied)
+        traced = fx.GraphModule(tracer.root, graph, type(copied).__name__)
     except Exception:
         # Tracing runs foreign code on symbols: anything may be raised, and none of it matters.
         for name, child in copied.named_children():
@@ -32,9 +39,21 @@ def folded(module: nn.Module) -> nn.Module:
         if node.op == "call_module" and isinstance(layers[node.target], BATCH_NORMS):
             _fold_one(traced, node, layers, calls)
     traced.delete_all_unused_submodules()
+    for part in [part for part in traced.modules() if isinstance(part, TapPoint)]:
+        part.layer = _folded_inside(part.layer)
     traced.graph.lint()
     traced.recompile()
     return traced.eval()
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, TapPoint) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _folded_inside(layer: nn.Module) -> nn.Module:
+    # A layer without parts has nothing to fold, and traced it would be no layer any more.
+    return folded(layer) if any(layer.children()) else layer
 
 
 def _fold_one(

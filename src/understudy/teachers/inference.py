@@ -9,39 +9,36 @@ are only ever chosen by name, and their name is part of the address under which 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from understudy.errors import InputError, problem
+from understudy.models.taps import Tap
 from understudy.runtime import derive_seed
-from understudy.teachers.folding import folded
-from understudy.teachers.native_conv import has_native_convolutions, with_native_convolutions
+from understudy.teachers.outputs import TeacherOutputs
+from understudy.teachers.runtimes import NATIVE, Run, plain_pytorch, runtimes
+
+__all__ = ["NATIVE", "PRECISIONS", "Candidate", "Inference", "fast_inference"]
 
 log = logging.getLogger("understudy")
 
 PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 
-# Largest difference of a logit between float32 runtimes, as a share of the largest logit. A
+# Largest difference of a number between float32 runtimes, as a share of the largest one. A
 # ResNet-56 gave 5e-7 (2e-6 in native convolutions); float16 storage rounds by up to 5e-4.
 TOLERANCE = 1e-4
 NUM_TIMED_IMAGES = 64
 NUM_TIMED_RUNS = 3
 MIN_CALIBRATION_IMAGES = 32
 
-# Few enough that a small network's activations stay in the cache from layer to layer, and enough
-# to repay reading the weights once more.
-NUM_IMAGES_A_THREAD = 34
-NATIVE = "native convolutions"
-
 # A ResNet-56 took 8 s to export and then ran a quarter faster.
 MIN_SECONDS_TO_EXPORT = 40.0
-
-Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class Candidate:
         runtime: its name.
         images_per_second: throughput of its fastest timed run; 0 where it could not be used.
         max_abs_difference: largest difference of a logit from plain PyTorch.
+        feature_difference: largest difference of a feature, as a share of its tap's largest value.
         kl: mean KL divergence of its probabilities from plain PyTorch's, in nats.
         agreement: share of the sample images with the same first class.
         refusal: why it could not be used; None where it could.
@@ -60,6 +58,7 @@ class Candidate:
     runtime: str
     images_per_second: float = 0.0
     max_abs_difference: float = 0.0
+    feature_difference: float = 0.0
     kl: float = 0.0
     agreement: float = 1.0
     refusal: str | None = None
@@ -69,21 +68,32 @@ class Candidate:
 class Inference:
     """A teacher ready to run: call it with uint8 images NCHW, get float32 logits_NK on the CPU.
 
+    ``outputs`` gives the features of the taps beside them, from the same pass.
+
     Attributes:
         precision: "float32", "bfloat16" or "int8": what changes outputs materially, and part of
             the address of stored outputs.
         runtime: the candidate that was chosen.
         candidates: everything that was measured; empty where only one runtime was possible.
+        taps: whose features ``outputs`` gives.
     """
 
     run: Run
     precision: str
     runtime: str
     candidates: tuple[Candidate, ...]
+    taps: tuple[Tap, ...] = ()
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.run(images_NCHW).float().cpu()
+            return self.run(images_NCHW)[0].float().cpu()
+
+    def outputs(self, images_NCHW: Tensor) -> TeacherOutputs:
+        """Return logits and features by ``Tap.key``, float32 on the CPU."""
+        with torch.no_grad():
+            logits_NK, features = self.run(images_NCHW)
+        on_cpu = {tap.key: features[tap.key].float().cpu() for tap in self.taps}
+        return TeacherOutputs(logits_NK.float().cpu(), on_cpu)
 
 
 def fast_inference(
@@ -95,6 +105,7 @@ def fast_inference(
     sample_images_NCHW: Tensor | None = None,
     runtime: str | None = None,
     num_images: int | None = None,
+    taps: Sequence[Tap] = (),
 ) -> Inference:
     """Return the teacher in the fastest runtime of the asked precision.
 
@@ -111,24 +122,29 @@ def fast_inference(
             Runtimes of one precision differ in the last bits, which a resumed job may not.
         num_images: how many images are to be run. Exporting to ONNX takes some seconds and is not
             tried where all of them take less than ``MIN_SECONDS_TO_EXPORT``. None: very many.
+        taps: layers whose features are wanted beside the logits; a runtime has to agree in them
+            too, and is timed with them.
 
     Raises:
+        ModelError: the network has no such layer (``models.taps.check_taps`` says it before).
         InputError: unknown precision, int8 without enough real images or on another device, or a
             runtime that this precision and device do not have.
     """
     _check(precision, device, sample_images_NCHW)
+    taps = tuple(dict.fromkeys(taps))
     model = model.eval().to(device)
     if sample_images_NCHW is None:
         generator = torch.Generator().manual_seed(derive_seed(0, "inference", "sample"))
         sample_images_NCHW = torch.randint(
             256, (NUM_TIMED_IMAGES, *image_shape), dtype=torch.uint8, generator=generator
         )
-    builders = _builders(model, device, precision, sample_images_NCHW)
+    builders = runtimes(model, device, precision, sample_images_NCHW, taps)
     arithmetic = "float32" if precision == "auto" else precision
     if runtime is None and precision != "float32":
         timed_images_NCHW = sample_images_NCHW[:NUM_TIMED_IMAGES]
-        reference = _eager(model, device)
-        return _fastest(builders, reference, timed_images_NCHW, arithmetic, num_images)
+        reference = plain_pytorch(model, device, taps)
+        chosen = _fastest(builders, reference, timed_images_NCHW, arithmetic, num_images)
+        return replace(chosen, taps=taps)
     runtime = runtime or "pytorch"
     if runtime not in builders:
         raise InputError(
@@ -138,25 +154,7 @@ def fast_inference(
                 mend="Leave it out to have the fastest one measured.",
             )
         )
-    return Inference(builders[runtime](), arithmetic, runtime, ())
-
-
-def _builders(
-    model: nn.Module, device: str, precision: str, images_NCHW: Tensor
-) -> dict[str, Callable[[], Run]]:
-    if precision == "bfloat16":
-        return {"pytorch bfloat16": lambda: _eager_bfloat16(model, device)}
-    if precision == "int8":
-        return {"onnxruntime int8": lambda: _onnx_int8(model, images_NCHW)}
-    plain: dict[str, Callable[[], Run]] = {"pytorch": lambda: _eager(model, device)}
-    if precision == "float32":
-        return plain
-    plain["pytorch folded channels-last"] = lambda: _eager_folded(model, device)
-    if device == "cpu" and has_native_convolutions(model):
-        plain[NATIVE] = lambda: _native(model)
-    if device == "cpu":
-        plain["onnxruntime"] = lambda: _onnx_float32(model, images_NCHW)
-    return plain
+    return Inference(builders[runtime](), arithmetic, runtime, (), taps)
 
 
 def _check(precision: str, device: str, sample_images_NCHW: Tensor | None) -> None:
@@ -190,8 +188,8 @@ def _fastest(
     num_images: int | None,
 ) -> Inference:
     with torch.no_grad():
-        expected_NK = reference(images_NCHW).float().cpu()
-    limit = TOLERANCE * max(1.0, expected_NK.abs().max().item())
+        expected = reference(images_NCHW)
+    limit = TOLERANCE * max(1.0, expected[0].abs().max().item())
     runs: dict[str, Run] = {}
     candidates: list[Candidate] = []
     for runtime, build in builders.items():
@@ -200,7 +198,7 @@ def _fastest(
             continue
         try:
             run = build()
-            candidate = _measured(runtime, run, images_NCHW, expected_NK)
+            candidate = _measured(runtime, run, images_NCHW, expected)
         except Exception as error:
             if precision != "float32" or runtime == "pytorch":
                 raise
@@ -209,9 +207,9 @@ def _fastest(
             log.debug("%s cannot run this teacher: %s", runtime, refusal)
             candidates.append(Candidate(runtime, refusal=refusal))
             continue
-        if precision == "float32" and not candidate.max_abs_difference <= limit:
-            refusal = f"differs by {candidate.max_abs_difference:.2g}, more than {limit:.2g}"
-            candidate = Candidate(runtime, max_abs_difference=float("inf"), refusal=refusal)
+        why = _disagreement(candidate, limit) if precision == "float32" else None
+        if why is not None:
+            candidate = Candidate(runtime, max_abs_difference=math.inf, refusal=why)
         candidates.append(candidate)
         runs[runtime] = run
     best = max((c for c in candidates if c.refusal is None), key=lambda c: c.images_per_second)
@@ -234,83 +232,44 @@ def _soon_done(candidates: list[Candidate], num_images: int | None) -> bool:
     return num_images < fastest * MIN_SECONDS_TO_EXPORT
 
 
-def _measured(runtime: str, run: Run, images_NCHW: Tensor, expected_NK: Tensor) -> Candidate:
+def _disagreement(candidate: Candidate, limit: float) -> str | None:
+    # Written so that NaN disagrees.
+    if not candidate.max_abs_difference <= limit:
+        return f"differs by {candidate.max_abs_difference:.2g}, more than {limit:.2g}"
+    if not candidate.feature_difference <= TOLERANCE:
+        return f"features differ by {candidate.feature_difference:.2g}, more than {TOLERANCE:.2g}"
+    return None
+
+
+def _measured(
+    runtime: str, run: Run, images_NCHW: Tensor, expected: tuple[Tensor, dict[str, Tensor]]
+) -> Candidate:
     seconds = []
     with torch.no_grad():
-        logits_NK = run(images_NCHW).float().cpu()
+        logits_NK, features = run(images_NCHW)
         for _ in range(NUM_TIMED_RUNS):
             started = time.perf_counter()
-            run(images_NCHW).cpu()
+            run(images_NCHW)[0].cpu()
             seconds.append(time.perf_counter() - started)
+    logits_NK, expected_NK = logits_NK.float().cpu(), expected[0].float().cpu()
     kl = F.kl_div(
         logits_NK.log_softmax(1), expected_NK.log_softmax(1), log_target=True, reduction="batchmean"
     )
     same_class = logits_NK.argmax(1) == expected_NK.argmax(1)
+    shares = [_share(features[key], values) for key, values in expected[1].items()]
     return Candidate(
         runtime,
         images_per_second=len(images_NCHW) / min(seconds),
         max_abs_difference=(logits_NK - expected_NK).abs().max().item(),
+        feature_difference=max(shares, default=0.0),
         kl=max(0.0, kl.item()),
         agreement=same_class.float().mean().item(),
     )
 
 
-def _eager(model: nn.Module, device: str) -> Run:
-    def run(images_NCHW: Tensor) -> Tensor:
-        # cuDNN's TF32 keeps 10 bits: not the float32 that is promised.
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            logits_NK: Tensor = model(images_NCHW.to(device))
-            return logits_NK
-
-    return run
-
-
-def _channels_last(module: nn.Module) -> nn.Module:
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def _eager_folded(model: nn.Module, device: str) -> Run:
-    plain = _eager(_channels_last(folded(model)), device)
-    return lambda images_NCHW: plain(images_NCHW.contiguous(memory_format=torch.channels_last))
-
-
-def _native(model: nn.Module) -> Run:
-    plain = _eager(with_native_convolutions(model), "cpu")
-
-    def run(images_NCHW: Tensor) -> Tensor:
-        images_NCHW = images_NCHW.contiguous(memory_format=torch.channels_last)
-        num_at_once = NUM_IMAGES_A_THREAD * torch.get_num_threads()
-        num_parts = max(1, -(-len(images_NCHW) // num_at_once))
-        return torch.cat([plain(part) for part in torch.tensor_split(images_NCHW, num_parts)])
-
-    return run
-
-
-def _eager_bfloat16(model: nn.Module, device: str) -> Run:
-    """Weights in bfloat16 throughout; autocast only carries the float input across."""
-    narrow = _channels_last(folded(model))
-    for module in narrow.modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
-            module.to(torch.bfloat16)
-    device_type = torch.device(device).type
-
-    def run(images_NCHW: Tensor) -> Tensor:
-        with torch.autocast(device_type, torch.bfloat16):
-            images_NCHW = images_NCHW.to(device, memory_format=torch.channels_last)
-            logits_NK: Tensor = narrow(images_NCHW)
-            return logits_NK
-
-    return run
-
-
-def _onnx_float32(model: nn.Module, images_NCHW: Tensor) -> Run:
-    from understudy.teachers import onnx_runtime
-
-    return onnx_runtime.runner(onnx_runtime.exported(folded(model), images_NCHW[:2]))
-
-
-def _onnx_int8(model: nn.Module, images_NCHW: Tensor) -> Run:
-    from understudy.teachers import onnx_runtime
-
-    program = onnx_runtime.exported(folded(model), images_NCHW[:2])
-    return onnx_runtime.runner(onnx_runtime.quantized(program, images_NCHW))
+def _share(features: Tensor, expected: Tensor) -> float:
+    if features.shape != expected.shape:
+        return math.inf
+    largest = expected.abs().max().item()
+    difference = (features.float() - expected.float()).abs().max().item()
+    return difference / largest if largest else math.inf if difference else 0.0

@@ -22,6 +22,7 @@ from understudy.teachers.entry_files import (
     read_manifest,
     restore_metadata,
 )
+from understudy.teachers.packing import FeatureFormat, OutputFormat
 from understudy.teachers.store import Entry, OutputStore, StoreKey
 
 log = logging.getLogger("understudy")
@@ -29,19 +30,24 @@ log = logging.getLogger("understudy")
 # Temporary files of writers that were killed; a living writer's are younger.
 LEFTOVER_AGE_S = 3600.0
 
-# Given a key and row numbers, computes the teacher's logits_NK of these rows again.
+# Given a key and row numbers, computes the teacher's ``key.output`` of these rows again.
 Recompute = Callable[[StoreKey, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class EntrySummary:
-    """One line of ``understudy store list``. What is None cannot be read any more."""
+    """One line of ``understudy store list``: an entry of logits or of the features at one tap.
+
+    What is None cannot be read any more, or is of the other kind: ``num_classes`` and ``top_k`` say
+    how logits are stored, ``row_shape`` how features are. ``key.output`` names the output.
+    """
 
     entry_id: str
     key: StoreKey | None
     num_rows: int | None
     num_classes: int | None
     top_k: int | None
+    row_shape: tuple[int, ...] | None
     dtype: str | None
     size_bytes: int
     num_chunks: int | None
@@ -80,11 +86,11 @@ def verify_store(
 
     Args:
         store: the store.
-        recompute: gives logits_NK for (key, rows); None checks bytes only.
+        recompute: gives the values of ``key.output`` for (key, rows); None checks bytes only.
         entry_ids: the entries to check; None checks all. With ``recompute``, those it can answer.
         num_rows: rows an entry to compute again.
-        tolerance: largest difference of a logit, as a share of the row's largest absolute logit
-            (of 1 where that is smaller).
+        tolerance: largest difference of a number, as a share of the row's largest absolute value
+            (for logits of 1 where that is smaller).
         seed: of the choice of rows.
         repair: delete what is damaged, so that labelling again computes just that.
 
@@ -157,13 +163,16 @@ def _summary(store: OutputStore, entry_id: str) -> EntrySummary:
     except StoreError as error:
         damage = str(error)
     missing = entry.missing_chunks() if entry else []
+    layout = entry.format if entry else None
+    logits = layout if isinstance(layout, OutputFormat) else None
     return EntrySummary(
         entry_id=entry_id,
         key=entry.key if entry else None,
         num_rows=entry.num_rows if entry else None,
-        num_classes=entry.format.num_classes if entry else None,
-        top_k=entry.format.top_k if entry else None,
-        dtype=entry.format.dtype if entry else None,
+        num_classes=logits.num_classes if logits else None,
+        top_k=logits.top_k if logits else None,
+        row_shape=layout.row_shape if isinstance(layout, FeatureFormat) else None,
+        dtype=layout.dtype if layout else None,
         size_bytes=sum(stat.st_size for stat in stats),
         num_chunks=entry.num_chunks if entry else None,
         num_chunks_present=entry.num_chunks - len(missing) if entry else None,
@@ -236,9 +245,9 @@ def _check_rows(
             words = entry.read_words(chunk)[(chunk_rows_N - entry.chunk_range(chunk)[0]).numpy()]
         except StoreError:
             continue  # found by its checksum already
-        logits_NK = recompute(entry.key, chunk_rows_N).float().cpu().numpy()
-        limits_N = tolerance * np.maximum(1.0, np.abs(logits_NK).max(axis=1))
-        wrong = entry.format.max_differences(words, logits_NK) > limits_N
+        again = recompute(entry.key, chunk_rows_N).float().cpu().numpy()
+        limits_N = tolerance * entry.format.magnitudes(again)
+        wrong = entry.format.max_differences(words, again) > limits_N
         if wrong.any():
             bad_chunks[chunk] = chunk_rows_N[torch.from_numpy(wrong)].tolist()
     if repair and bad_chunks:

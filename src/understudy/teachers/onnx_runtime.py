@@ -6,7 +6,7 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +18,25 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
+from understudy.teachers.tap_points import collecting
+
 INPUT_NAME = "images"
 CALIBRATION_BATCH = 32
 NOISY_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "root")
 
 
-def exported(model: nn.Module, example_NCHW: Tensor) -> onnx.ModelProto:
-    """Return the model as ONNX: uint8 images NCHW of any number to logits."""
+def exported(model: nn.Module, example_NCHW: Tensor) -> tuple[onnx.ModelProto, list[str]]:
+    """Return the model as ONNX, and the keys of its features.
+
+    It takes uint8 images NCHW of any number, and gives logits and then the features of its tap
+    points in the order of the keys.
+    """
+    with_features = _WithFeatures(model).eval()
     with _quiet():
+        with torch.no_grad():
+            with_features(example_NCHW)
         program = torch.onnx.export(
-            model,
+            with_features,
             (example_NCHW,),
             input_names=[INPUT_NAME],
             dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
@@ -35,11 +44,16 @@ def exported(model: nn.Module, example_NCHW: Tensor) -> onnx.ModelProto:
             verbose=False,
         )
     assert program is not None
-    return program.model_proto
+    return program.model_proto, with_features.keys
 
 
-def runner(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
-    """Return a function from uint8 images NCHW to float32 logits in ONNX Runtime on the CPU."""
+def runner(
+    model: onnx.ModelProto, keys: Sequence[str]
+) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
+    """Return a function from uint8 images NCHW to logits and features by key, both float32.
+
+    It runs in ONNX Runtime on the CPU.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -47,8 +61,10 @@ def runner(model: onnx.ModelProto) -> Callable[[Tensor], Tensor]:
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
 
-    def run(images_NCHW: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {INPUT_NAME: images_NCHW.numpy()})[0])
+    def run(images_NCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs = session.run(None, {INPUT_NAME: images_NCHW.cpu().numpy()})
+        logits_NK, *features = map(torch.from_numpy, outputs)
+        return logits_NK, dict(zip(keys, features, strict=True))
 
     return run
 
@@ -77,6 +93,21 @@ def quantized(model: onnx.ModelProto, calibration_images_NCHW: Tensor) -> onnx.M
             weight_type=QuantType.QInt8,
         )
         return onnx.load(result)
+
+
+class _WithFeatures(nn.Module):
+    """A network that returns what its tap points keep, as further outputs in a fixed order."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._collect = collecting(network, network)
+        self.network = network
+        self.keys: list[str] = []
+
+    def forward(self, images_NCHW: Tensor) -> tuple[Tensor, ...]:
+        logits_NK, features = self._collect(images_NCHW)
+        self.keys = list(features)
+        return logits_NK, *features.values()
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]

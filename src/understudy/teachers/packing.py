@@ -1,15 +1,18 @@
-"""How one row of teacher outputs lies in the store: dense logits, or the largest k and the rest.
+"""How one row of teacher outputs lies in the store: dense numbers, or the largest k and the rest.
 
 Dense rows are the logits themselves. A top-k row keeps the k largest logits with their classes, and
 ``rest``: the log-sum-exp of the other ``K - k`` logits, which is their common probability mass in
 logit form. Unpacking gives each of them an equal share, ``rest - log(K - k)``. At temperature 1 the
 probabilities of the k classes and the total of the rest are therefore exact; only how the rest is
 spread among its classes is lost. With ``top_k == num_classes`` nothing is lost but rounding.
+
+A row of features is its numbers, flattened; the manifest keeps their shape.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +27,17 @@ DTYPES = ("float16", "float32")
 # the stored teacher is no longer the teacher.
 MAX_ROUNDING = 0.125
 
+# Float16 rounds a feature by up to 2**-11 of itself. Losses on features divide by their norms, so
+# what counts is the error as a share of the largest value: more than this is float16 running out
+# of range, at the top (65,504) or at the bottom (below some 3e-5).
+MAX_FEATURE_ROUNDING = 2**-10
+
 Words = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """The layout of stored rows.
+    """The layout of stored rows of logits.
 
     Attributes:
         num_classes: K.
@@ -54,16 +62,19 @@ class OutputFormat:
                     mend="Lower it, or leave it out to store all logits.",
                 )
             )
-        if self.dtype not in DTYPES:
-            problems.append(
-                problem(
-                    f"the store's dtype is '{self.dtype}'",
-                    expected=" or ".join(DTYPES),
-                    mend="Use float16 unless the logits do not fit it.",
-                )
-            )
+        problems += _dtype_problems(self.dtype)
         if problems:
             raise InputError(*problems)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one unpacked row."""
+        return (self.num_classes,)
+
+    @property
+    def fill_value(self) -> float:
+        """A stored number that no row can consist of."""
+        return math.nan if self.top_k is None else int(np.iinfo(self.word_dtype).max)
 
     @property
     def num_rest(self) -> int:
@@ -119,6 +130,18 @@ class OutputFormat:
         np.put_along_axis(logits_NK, classes_Nk, values[:, : self.top_k].astype(np.float32), 1)
         return logits_NK
 
+    def largest(self, words: Words) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+        """Return (values_Nk, classes_Nk) as stored, by ascending class; None for dense rows."""
+        if self.top_k is None:
+            return None
+        classes_Nk = words[:, : self.top_k].astype(np.int64)
+        values = np.ascontiguousarray(words[:, self.top_k :]).view(self._value_dtype)
+        return values[:, : self.top_k].astype(np.float32), classes_Nk
+
+    def magnitudes(self, logits_NK: NDArray[np.float32]) -> NDArray[Any]:
+        """Return per row what differences are a share of, [N]: at least 1, as for a logit."""
+        return np.asarray(np.maximum(1.0, np.abs(logits_NK).max(axis=1)))
+
     def max_differences(self, words: Words, logits_NK: NDArray[np.float32]) -> NDArray[Any]:
         """Return per row how far stored words are from logits computed again, [N].
 
@@ -159,15 +182,120 @@ class OutputFormat:
         )
 
 
-def check_finite(logits_NK: NDArray[np.float32], *, first_row: int = 0) -> None:
-    """Raise StoreError when a logit is NaN or infinite; the text names the rows."""
-    bad_rows = np.flatnonzero(~np.isfinite(logits_NK).all(axis=1))
+@dataclass(frozen=True)
+class FeatureFormat:
+    """The layout of stored rows of features.
+
+    Attributes:
+        row_shape: shape of one sample's features, such as (64, 8, 8).
+        dtype: "float16" (the default everywhere) or "float32", for values float16 cannot hold.
+
+    Raises:
+        InputError: an empty row, or an unknown dtype.
+    """
+
+    row_shape: tuple[int, ...]
+    dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        problems = _dtype_problems(self.dtype)
+        if not self.row_shape or min(self.row_shape) < 1:
+            problems.append(
+                problem(
+                    f"a row of features has the shape {self.row_shape}",
+                    expected="at least one number",
+                    mend="Give the shape of one sample's features, without the batch.",
+                )
+            )
+        if problems:
+            raise InputError(*problems)
+
+    @property
+    def word_dtype(self) -> str:
+        """NumPy name of the stored numbers."""
+        return self.dtype
+
+    @property
+    def num_columns(self) -> int:
+        """Stored numbers a row."""
+        return math.prod(self.row_shape)
+
+    @property
+    def fill_value(self) -> float:
+        """A stored number that no row can consist of."""
+        return math.nan
+
+    def pack(self, features: NDArray[np.float32], *, first_row: int = 0) -> Words:
+        """Return the words of rows [N, *row_shape]: [N, num_columns].
+
+        Raises:
+            StoreError: a value is NaN or infinite, or float16 cannot hold it. Nothing is clipped.
+        """
+        values = features.reshape(len(features), self.num_columns)
+        check_finite(values, first_row=first_row)
+        if self.dtype == "float32" or not values.size:
+            return values.astype(self.dtype)
+        with np.errstate(over="ignore"):
+            words = values.astype(np.float16)
+        moved = np.abs(words.astype(np.float32) - values).max()
+        largest = np.abs(values).max()
+        if moved <= MAX_FEATURE_ROUNDING * largest:
+            return words
+        raise StoreError(
+            problem(
+                f"features of up to {largest:.3g} do not fit float16 (rounding would move one by "
+                f"{moved:.3g})",
+                expected="a largest value between about 3e-5 and 65,504",
+                mend="Store this teacher's features as float32 (dtype='float32').",
+            )
+        )
+
+    def unpack(self, words: Words) -> NDArray[np.float32]:
+        """Return features [N, *row_shape], float32, of stored rows. A new array."""
+        return words.astype(np.float32).reshape(len(words), *self.row_shape)
+
+    def magnitudes(self, features: NDArray[np.float32]) -> NDArray[Any]:
+        """Return per row what differences are a share of, [N]: the largest value."""
+        values = np.abs(features.reshape(len(features), -1)).max(axis=1)
+        return np.asarray(np.maximum(values, np.finfo(np.float16).tiny))
+
+    def max_differences(self, words: Words, features: NDArray[np.float32]) -> NDArray[Any]:
+        """Return per row how far stored words are from features computed again, [N]."""
+        values = features.reshape(len(features), self.num_columns)
+        return np.asarray(np.abs(words.astype(np.float32) - values).max(axis=1))
+
+
+RowFormat = OutputFormat | FeatureFormat
+
+
+def row_format(fields: Mapping[str, Any]) -> RowFormat:
+    """Return the layout that a manifest describes."""
+    if "row_shape" in fields:
+        return FeatureFormat(tuple(fields["row_shape"]), fields["dtype"])
+    return OutputFormat(**fields)
+
+
+def _dtype_problems(dtype: str) -> list[str]:
+    if dtype in DTYPES:
+        return []
+    return [
+        problem(
+            f"the store's dtype is '{dtype}'",
+            expected=" or ".join(DTYPES),
+            mend="Use float16 unless the outputs do not fit it.",
+        )
+    ]
+
+
+def check_finite(values: NDArray[np.float32], *, first_row: int = 0) -> None:
+    """Raise StoreError when a number [N, columns] is NaN or infinite; the text names the rows."""
+    bad_rows = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad_rows):
         raise StoreError(
             problem(
                 f"the teacher's outputs are NaN or infinite in {len(bad_rows)} rows, "
                 f"the first is row {first_row + int(bad_rows[0])}",
-                expected="finite logits",
+                expected="finite numbers",
                 mend="Check the teacher's weights and input normalisation, and use float32.",
             )
         )

@@ -1,10 +1,11 @@
 """Teacher outputs on disk: computed once, found by what they depend on, never silently wrong.
 
-One entry holds the outputs of one teacher for one view of the given samples, in a folder named by
-the hash of everything that determines them::
+One entry holds one output of one teacher, its logits or the features at one tap, for one view of
+the given samples, in a folder named by the hash of everything that determines them::
 
     ROOT/ENTRY/zarr.json     the array's metadata (Zarr 3: zstd, then crc32c over the bytes on disk)
-    ROOT/ENTRY/c.CHUNK.0     1,024 rows each; a chunk is written once, whole, by rename
+    ROOT/ENTRY/c.CHUNK.0     1,024 rows each, fewer of large features; a chunk is written once,
+                             whole, by rename
     ROOT/ENTRY/entry.json    what the entry is, the SHA-256 of zarr.json, and its own hash
     ROOT/ENTRY/seal.json     SHA-256 of every chunk, written when the last one is there
 
@@ -14,37 +15,36 @@ to finish a chunk wins. A killed writer loses the chunk it was computing and not
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-import zarr
 from torch import Tensor
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
 
-from understudy.artifacts import file_hash, write_bytes
 from understudy.errors import InputError, StoreError, problem
+from understudy.teachers.entry import LOGITS, Entry, StoreKey
 from understudy.teachers.entry_files import (
-    ARRAY_NAME,
     MANIFEST_NAME,
-    SEAL_NAME,
     clear_disk_errors,
     create_metadata,
-    damaged,
-    decoded,
-    encoded,
     entry_id_of,
     locked,
     looks_like_id,
-    read_manifest,
 )
-from understudy.teachers.packing import OutputFormat, Words
+from understudy.teachers.packing import FeatureFormat, OutputFormat, RowFormat
+
+__all__ = [
+    "CHUNK_ROWS",
+    "LOGITS",
+    "Entry",
+    "OutputStore",
+    "StoreKey",
+    "entries_by_view",
+    "indices_sha256",
+]
 
 log = logging.getLogger("understudy")
 
@@ -53,38 +53,8 @@ log = logging.getLogger("understudy")
 FORMAT_VERSION = 1
 CHUNK_ROWS = 1024
 
-
-@dataclass(frozen=True)
-class StoreKey:
-    """What determines teacher outputs, besides which samples and how many of the logits are kept.
-
-    Attributes:
-        teacher: hash of the teacher's weights, architecture and input conversion.
-        data: fingerprint of the data.
-        transform: hash of the view's specification.
-        seed: of the views.
-        view: number of the view.
-        precision: the arithmetic that changes outputs materially: "float32", "bfloat16", "int8".
-    """
-
-    teacher: str
-    data: str
-    transform: str
-    seed: int
-    view: int
-    precision: str = "float32"
-
-
-class _AtomicStore(LocalStore):
-    """Zarr's local store with an fsync before the rename, so a crash leaves no empty chunk."""
-
-    async def set(self, key: str, value: Buffer) -> None:
-        self._check_writable()
-        await asyncio.to_thread(write_bytes, self.root / key, value.to_bytes())
-
-    def set_sync(self, key: str, value: Buffer) -> None:
-        self._check_writable()
-        write_bytes(self.root / key, value.to_bytes())
+# Chunks of large features have fewer rows, so that no reader or writer holds much at once.
+MAX_FEATURE_CHUNK_BYTES = 16 << 20
 
 
 class OutputStore:
@@ -102,26 +72,58 @@ class OutputStore:
         top_k: int | None = None,
         dtype: str = "float16",
     ) -> Entry:
-        """Return the entry for these outputs, made empty when it does not exist yet.
+        """Return the entry for these logits, made empty when it does not exist yet.
 
         Args:
-            key: what determines the outputs.
+            key: what determines the logits.
             sample_indices_N: the samples, strictly ascending; row ``r`` belongs to the ``r``-th.
             num_classes: K.
             top_k: how many logits to keep; None keeps all.
             dtype: "float16" or "float32".
 
         Raises:
-            InputError: impossible top_k or dtype; indices that do not ascend.
+            InputError: impossible top_k or dtype; a key of features; indices that do not ascend.
             StoreError: the entry cannot be written.
         """
+        if key.output != LOGITS:
+            raise _wrong_output(key, "entry", f"'{LOGITS}'")
         layout = OutputFormat(num_classes, top_k, dtype)
+        return self._entry(key, sample_indices_N, layout, CHUNK_ROWS)
+
+    def feature_entry(
+        self,
+        key: StoreKey,
+        *,
+        sample_indices_N: Tensor,
+        row_shape: Sequence[int],
+        dtype: str = "float16",
+    ) -> Entry:
+        """Return the entry for the features at ``key.output``, made empty when there is none yet.
+
+        Args:
+            key: what determines the features; ``output`` is the tap's key.
+            sample_indices_N: the samples, strictly ascending; row ``r`` belongs to the ``r``-th.
+            row_shape: shape of one sample's features.
+            dtype: "float16" or "float32".
+
+        Raises:
+            InputError: impossible shape or dtype; a key of logits; indices that do not ascend.
+            StoreError: the entry cannot be written.
+        """
+        if key.output == LOGITS:
+            raise _wrong_output(key, "feature_entry", "the key of a tap")
+        layout = FeatureFormat(tuple(row_shape), dtype)
+        return self._entry(key, sample_indices_N, layout, _feature_chunk_rows(layout))
+
+    def _entry(
+        self, key: StoreKey, sample_indices_N: Tensor, layout: RowFormat, chunk_rows: int
+    ) -> Entry:
         description = {
             "format_version": FORMAT_VERSION,
-            "key": asdict(key),
+            "key": key.fields(),
             "sample_indices_sha256": indices_sha256(sample_indices_N),
             "num_rows": len(sample_indices_N),
-            "chunk_rows": CHUNK_ROWS,
+            "chunk_rows": chunk_rows,
             "format": asdict(layout),
         }
         path = self.root / entry_id_of(description)
@@ -152,197 +154,60 @@ class OutputStore:
         return sorted(path.name for path in self.root.iterdir() if looks_like_id(path.name))
 
 
-class Entry:
-    """The outputs of one teacher for one view: rows of chunks, each there whole or not at all.
+def entries_by_view(entries: Sequence[Entry], indices_N: Tensor) -> dict[int, dict[str, Entry]]:
+    """Return the entries by view and output, views in the order in which they were given.
 
     Raises:
-        StoreError: the entry's metadata is missing or was changed.
+        StoreError: an entry is for other samples or there twice, or a view lacks its logits or
+            features that another has.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        manifest = read_manifest(path)
-        self.key = StoreKey(**manifest["key"])
-        self.format = OutputFormat(**manifest["format"])
-        self.num_rows: int = manifest["num_rows"]
-        self.chunk_rows: int = manifest["chunk_rows"]
-        self.sample_indices_sha256: str = manifest["sample_indices_sha256"]
-        if not (path / ARRAY_NAME).is_file():
-            raise damaged(path / ARRAY_NAME, "it is missing")
-        if file_hash(path / ARRAY_NAME) != manifest["zarr_sha256"]:
-            raise damaged(path / ARRAY_NAME, "its content changed")
-        self._array: zarr.Array[Any] = zarr.open_array(_AtomicStore(path), mode="r+")
-
-    @property
-    def entry_id(self) -> str:
-        """The entry's address in its store."""
-        return self.path.name
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of a complete entry."""
-        return -(-self.num_rows // self.chunk_rows)
-
-    @property
-    def complete(self) -> bool:
-        """Whether all rows are there and sealed. Damage is for ``verify`` and for reading."""
-        return (self.path / SEAL_NAME).is_file() and not self.missing_chunks()
-
-    def chunk_range(self, chunk: int) -> tuple[int, int]:
-        """Return first row and one past the last row of a chunk."""
-        start = chunk * self.chunk_rows
-        return start, min(start + self.chunk_rows, self.num_rows)
-
-    def chunk_path(self, chunk: int) -> Path:
-        """Return where a chunk lies."""
-        return self.path / f"c.{chunk}.0"
-
-    def has_chunk(self, chunk: int) -> bool:
-        """Whether somebody has written this chunk."""
-        return self.chunk_path(chunk).exists()
-
-    def missing_chunks(self) -> list[int]:
-        """Return the numbers of the chunks that are still to be computed."""
-        names = {path.name for path in self.path.iterdir()}
-        return [c for c in range(self.num_chunks) if self.chunk_path(c).name not in names]
-
-    def damaged_chunks(self) -> list[int]:
-        """Return the chunks whose bytes are not those that were written. Reads everything.
-
-        Raises:
-            StoreError: the seal itself is damaged.
-        """
-        sealed = self._sealed_hashes()
-        return [
-            chunk
-            for chunk in range(self.num_chunks)
-            if self.has_chunk(chunk) and not self._intact(chunk, sealed)
-        ]
-
-    def drop_damaged(self) -> list[int]:
-        """Delete damaged chunks (and the seal), so that labelling computes them again.
-
-        Returns:
-            The numbers of the deleted chunks.
-        """
-        try:
-            chunks = self.damaged_chunks()
-        except StoreError:
-            (self.path / SEAL_NAME).unlink(missing_ok=True)
-            chunks = self.damaged_chunks()
-        if chunks:
-            self.drop_chunks(chunks)
-        return chunks
-
-    def drop_chunks(self, chunks: list[int]) -> None:
-        """Delete these chunks (and the seal), so that labelling computes them again."""
-        with clear_disk_errors(self.path), locked(self.path):
-            (self.path / SEAL_NAME).unlink(missing_ok=True)
-            for chunk in chunks:
-                self.chunk_path(chunk).unlink(missing_ok=True)
-
-    def write_chunk(self, chunk: int, logits_NK: Tensor) -> bool:
-        """Store one chunk and seal the entry if it was the last; False if it was there already.
-
-        Args:
-            chunk: its number.
-            logits_NK: float logits of exactly the rows ``chunk_range(chunk)``.
-
-        Raises:
-            StoreError: wrong shape, values that cannot be stored, no space left, no permission.
-        """
-        start, stop = self.chunk_range(chunk)
-        expected_shape = (stop - start, self.format.num_classes)
-        if tuple(logits_NK.shape) != expected_shape:
-            raise StoreError(
-                f"chunk {chunk} was given shape {tuple(logits_NK.shape)}; expected {expected_shape}"
-            )
-        words = self.format.pack(logits_NK.float().cpu().numpy(), first_row=start)
-        with clear_disk_errors(self.path), locked(self.path):
-            written = not self.has_chunk(chunk)
-            if written:
-                # A seal over a chunk that was lost and is now replaced says nothing any more.
-                (self.path / SEAL_NAME).unlink(missing_ok=True)
-                self._array[start:stop] = words
-            self._seal()
-        return written
-
-    def seal(self) -> None:
-        """Write the list of all chunks' hashes if every chunk is there. Harmless to repeat."""
-        with clear_disk_errors(self.path), locked(self.path):
-            self._seal()
-
-    def read_words(self, chunk: int) -> Words:
-        """Return one chunk as stored.
-
-        Raises:
-            StoreError: the chunk is missing or damaged.
-        """
-        path = self.chunk_path(chunk)
-        if not path.exists():
-            raise StoreError(
+    digest = indices_sha256(indices_N)
+    views: dict[int, dict[str, Entry]] = {}
+    problems = []
+    for entry in entries:
+        view, output = entry.key.view, entry.key.output
+        if entry.sample_indices_sha256 != digest:
+            problems.append(
                 problem(
-                    f"{path} does not exist: rows {self.chunk_range(chunk)[0]} and up of view "
-                    f"{self.key.view} are not computed",
-                    expected=f"{self.num_chunks} chunks",
-                    mend="Run the labelling stage; it computes only what is missing.",
+                    f"entry {entry.entry_id} holds other samples than the {len(indices_N)} given",
+                    expected="the indices the entry was made with",
+                    mend="Ask the store for the entry of these indices.",
                 )
             )
-        start, stop = self.chunk_range(chunk)
-        try:
-            return np.asarray(self._array[start:stop])
-        except Exception as error:
-            # Checksum, decompression and decoding each fail with classes of their own.
-            raise damaged(path, f"it cannot be read: {error}") from error
+        if output in views.setdefault(view, {}):
+            problems.append(f"view {view} was given two entries for {output}")
+        views[view][output] = entry
+    expected = {LOGITS, *(entry.key.output for entry in entries)}
+    for view, outputs in views.items():
+        missing = sorted(expected - outputs.keys())
+        if missing:
+            problems.append(
+                problem(
+                    f"view {view} was given no entry for {', '.join(missing)}",
+                    expected="the logits and the same features in every view",
+                    mend="Ask the store for an entry of each.",
+                )
+            )
+    if problems:
+        raise StoreError(*problems)
+    return views
 
-    def load_words(self) -> Words:
-        """Return all rows as stored, [num_rows, columns].
 
-        Raises:
-            StoreError: a chunk is missing or damaged.
-        """
-        for chunk in self.missing_chunks():
-            self.read_words(chunk)
-        try:
-            return np.asarray(self._array[:])
-        except Exception:
-            return np.concatenate([self.read_words(chunk) for chunk in range(self.num_chunks)])
+def _feature_chunk_rows(layout: FeatureFormat) -> int:
+    """Return a power of two: chunks of every output then begin and end with those of the logits."""
+    row_bytes = layout.num_columns * np.dtype(layout.word_dtype).itemsize
+    num_rows = max(1, MAX_FEATURE_CHUNK_BYTES // row_bytes)
+    return min(CHUNK_ROWS, 1 << (num_rows.bit_length() - 1))
 
-    def read(self, rows_N: Tensor) -> Tensor:
-        """Return logits_NK (float32) of these rows; only the chunks they lie in are read.
 
-        Raises:
-            StoreError: a chunk is missing or damaged.
-        """
-        rows = rows_N.numpy()
-        chunks = rows // self.chunk_rows
-        words = np.empty((len(rows), self.format.num_columns), dtype=self.format.word_dtype)
-        for chunk in np.unique(chunks).tolist():
-            inside = chunks == chunk
-            words[inside] = self.read_words(chunk)[rows[inside] - chunk * self.chunk_rows]
-        return torch.from_numpy(self.format.unpack(words))
-
-    def _seal(self) -> None:
-        seal_path = self.path / SEAL_NAME
-        if seal_path.exists() or self.missing_chunks():
-            return
-        chunks = [self.chunk_path(chunk) for chunk in range(self.num_chunks)]
-        hashes = {path.name: file_hash(path) for path in chunks}
-        write_bytes(seal_path, encoded({"chunks": hashes}))
-
-    def _sealed_hashes(self) -> dict[str, str]:
-        seal_path = self.path / SEAL_NAME
-        return dict(decoded(seal_path)["chunks"]) if seal_path.exists() else {}
-
-    def _intact(self, chunk: int, sealed: dict[str, str]) -> bool:
-        path = self.chunk_path(chunk)
-        if path.name in sealed and file_hash(path) != sealed[path.name]:
-            return False
-        try:
-            self.read_words(chunk)
-        except StoreError:
-            return False
-        return True
+def _wrong_output(key: StoreKey, method: str, expected: str) -> InputError:
+    return InputError(
+        problem(
+            f"OutputStore.{method} was given a key whose output is '{key.output}'",
+            expected=expected,
+            mend="Use entry for logits and feature_entry for features.",
+        )
+    )
 
 
 def indices_sha256(sample_indices_N: Tensor) -> str:
