@@ -12,9 +12,11 @@ from understudy.data.batches import epoch_order
 from understudy.errors import TrainingError
 from understudy.losses import kl
 from understudy.progress import silent
+from understudy.teachers.outputs import TeacherOutputs
+from understudy.train.distill_settings import DistillSettings
+from understudy.train.distillation import DistillObjective
 from understudy.train.loop import train
-from understudy.train.objective import DistillObjective, LabelObjective, StepOutput
-from understudy.train.settings import DistillSettings
+from understudy.train.objective import LabelObjective, StepOutput
 from understudy.train.training import (
     CHECKPOINT_NAME,
     FAILED_BATCH_NAME,
@@ -41,8 +43,8 @@ class Fixed:
     def __init__(self, logits_NK):
         self.logits_NK = logits_NK
 
-    def outputs(self, indices_N, *, view):
-        return self.logits_NK[indices_N]
+    def outputs(self, batch, *, view):
+        return TeacherOutputs(self.logits_NK[batch.indices_N])
 
 
 def plain_training(network, plan, digits, step_loss):
@@ -186,11 +188,10 @@ class Poisoned(LabelObjective):
 
     def __init__(self, bad_calls):
         super().__init__()
-        object.__setattr__(self, "calls", iter(range(10**9)))
-        object.__setattr__(self, "bad_calls", bad_calls)
+        self.calls, self.bad_calls = iter(range(10**9)), bad_calls
 
-    def step(self, network, batch, teacher_logits_NK, progress):
-        output = super().step(network, batch, teacher_logits_NK, progress)
+    def step(self, network, batch, teacher, progress):
+        output = super().step(network, batch, teacher, progress)
         if next(self.calls) in self.bad_calls:
             return StepOutput({"ce": output.terms["ce"] * float("nan")}, output.logits_NK)
         return output

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from understudy.data.batches import (
@@ -18,13 +19,38 @@ from understudy.data.batches import (
 from understudy.data.sources import ImageSource
 from understudy.data.views import Views
 from understudy.errors import DataError, problem
+from understudy.teachers.outputs import TeacherOutputs
 
 
 class TeacherSource(Protocol):
     """Answers with the teacher's outputs for samples of a view, wherever they come from."""
 
-    def outputs(self, indices_N: Tensor, *, view: int) -> Tensor:
-        """Return logits_NK, float32, in the data's class order."""
+    def outputs(self, batch: Batch, *, view: int) -> TeacherOutputs:
+        """Return logits in the data's class order, and the features that were asked for."""
+        ...
+
+
+class SampleOrder(Protocol):
+    """Decides which samples an epoch shows, and in which order: a curriculum.
+
+    A module: what it remembers is saved with the training.
+
+    Attributes:
+        watches_losses: whether it wants to be told the student's losses.
+    """
+
+    watches_losses: bool
+
+    def order(self, *, seed: int, epoch: int) -> Tensor:
+        """Return the sample numbers of the epoch, as many as the training split has."""
+        ...
+
+    def observe(self, indices_N: Tensor, losses_N: Tensor) -> None:
+        """Take note of the student's losses of these samples; it counts from the next epoch on."""
+        ...
+
+    def end_epoch(self, *, epoch: int) -> None:
+        """Let what was observed in this epoch count."""
         ...
 
 
@@ -43,6 +69,7 @@ class Feed:
         num_views: number of different views; later epochs show them again.
         seed: of the order.
         teacher: where the teacher's outputs come from; None trains without (the control).
+        curriculum: which samples an epoch shows; None shows all of them in a random order.
     """
 
     source: ImageSource
@@ -52,6 +79,7 @@ class Feed:
     num_views: int
     seed: int
     teacher: TeacherSource | None = None
+    curriculum: SampleOrder | None = None
 
     def __post_init__(self) -> None:
         if len(self.indices_N) < self.batch_size:
@@ -70,18 +98,43 @@ class Feed:
 
     def epoch(
         self, epoch: int, *, start_batch: int = 0, rank: int = 0, num_processes: int = 1
-    ) -> Iterator[tuple[Batch, Tensor | None]]:
-        """Yield (batch, teacher_logits_NK or None) from batch ``start_batch`` of this epoch on.
+    ) -> Iterator[tuple[Batch, TeacherOutputs | None]]:
+        """Yield (batch, teacher outputs or None) from batch ``start_batch`` of this epoch on.
 
         With several processes each gets its even share of the same global batches.
         """
         view = epoch % self.num_views
-        order_N = epoch_order(self.indices_N, seed=self.seed, epoch=epoch)
+        if self.curriculum is None:
+            order_N = epoch_order(self.indices_N, seed=self.seed, epoch=epoch)
+        else:
+            order_N = self.curriculum.order(seed=self.seed, epoch=epoch)
         batches = index_batches(order_N, self.batch_size, drop_last=True)[start_batch:]
         if num_processes > 1:
             batches = rank_share(batches, rank=rank, num_processes=num_processes)
         for batch in iter_view_batches(self.source, self.views, batches, view=view):
-            teacher_logits_NK = None
-            if self.teacher is not None:
-                teacher_logits_NK = self.teacher.outputs(batch.indices_N, view=view)
-            yield batch, teacher_logits_NK
+            answer = None if self.teacher is None else self.teacher.outputs(batch, view=view)
+            yield batch, answer
+
+
+def split_update(
+    batch: Batch, teacher: TeacherOutputs | None, *, size: int, device: torch.device
+) -> Iterator[tuple[Batch, TeacherOutputs | None]]:
+    """Yield an update's batch on the device, in parts of ``size`` samples."""
+    for start in range(0, len(batch.labels_N), size):
+        rows = slice(start, start + size)
+        fields = {
+            name: None if value is None else value[rows].to(device)
+            for name, value in vars(batch).items()
+        }
+        part = Batch(**fields)  # type: ignore[arg-type]
+        yield part, None if teacher is None else rows_of(teacher, rows, device)
+
+
+def rows_of(teacher: TeacherOutputs, rows: slice, device: torch.device) -> TeacherOutputs:
+    """Return some rows of a teacher's outputs on the device."""
+    top_k = teacher.top_k
+    return TeacherOutputs(
+        teacher.logits_NK[rows].to(device),
+        {key: value[rows].to(device) for key, value in teacher.features.items()},
+        None if top_k is None else (top_k[0][rows].to(device), top_k[1][rows].to(device)),
+    )

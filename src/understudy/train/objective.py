@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from understudy.data.batches import Batch
-from understudy.losses.logits import cross_entropy, kl
+from understudy.losses.logits import cross_entropy
+from understudy.teachers.outputs import TeacherOutputs
 from understudy.train.schedules import schedule_value
-from understudy.train.settings import DistillSettings, Schedule
+from understudy.train.settings import Schedule
 
 
 class StepOutput(NamedTuple):
@@ -21,16 +21,32 @@ class StepOutput(NamedTuple):
 
 
 class Objective(Protocol):
-    """A way of teaching. ``progress`` is the share of training done, in [0, 1]."""
+    """A way of teaching. ``progress`` is the share of training done, in [0, 1].
+
+    Attributes:
+        parts: what is trained or remembered beside the network: adapters, variances, a memory,
+            peers, an averaged teacher. Its parameters are optimised with the network's, its state
+            is in every checkpoint, and none of it is exported.
+    """
+
+    parts: nn.Module
 
     def step(
-        self, network: nn.Module, batch: Batch, teacher_logits_NK: Tensor | None, progress: float
+        self, network: nn.Module, batch: Batch, teacher: TeacherOutputs | None, progress: float
     ) -> StepOutput:
         """Run the network on the batch and return its loss terms."""
         ...
 
-    def weights(self, progress: float) -> dict[str, float]:
-        """Return the weight of every term that ``step`` gives."""
+    def weights(self, progress: float) -> dict[str, float | Tensor]:
+        """Return the weight of every term that ``step`` gives; a tensor is learnt."""
+        ...
+
+    def after_step(self, network: nn.Module) -> None:
+        """Take note of an update of the network."""
+        ...
+
+    def after_validation(self, numbers: dict[str, float], progress: float) -> None:
+        """Take note of what the network reached on the validation split."""
         ...
 
 
@@ -43,57 +59,38 @@ def value_at(value: float | Schedule, progress: float) -> float:
     return value
 
 
-@dataclass(frozen=True)
+def label_loss(logits_NK: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
+    """Return the cross-entropy with the labels of mixed or plain pictures."""
+    return cross_entropy(
+        logits_NK,
+        batch.labels_N,
+        partner_labels_N=batch.partner_labels_N,
+        label_weight_N=batch.label_weight_N,
+        label_smoothing=label_smoothing,
+    )
+
+
 class LabelObjective:
     """Cross-entropy with the labels and nothing else: how a teacher and a control are trained."""
 
-    label_smoothing: float = 0.0
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+        self.parts: nn.Module = nn.Module()
 
     def step(
-        self, network: nn.Module, batch: Batch, teacher_logits_NK: Tensor | None, progress: float
+        self, network: nn.Module, batch: Batch, teacher: TeacherOutputs | None, progress: float
     ) -> StepOutput:
         """Return the term ``ce``. The teacher is not asked."""
         logits_NK = network(batch.images_NCHW)
-        return StepOutput({"ce": self.cross_entropy(logits_NK, batch)}, logits_NK)
+        loss = label_loss(logits_NK, batch, label_smoothing=self.label_smoothing)
+        return StepOutput({"ce": loss}, logits_NK)
 
-    def cross_entropy(self, logits_NK: Tensor, batch: Batch) -> Tensor:
-        """Return the cross-entropy of mixed or plain pictures."""
-        return cross_entropy(
-            logits_NK,
-            batch.labels_N,
-            partner_labels_N=batch.partner_labels_N,
-            label_weight_N=batch.label_weight_N,
-            label_smoothing=self.label_smoothing,
-        )
-
-    def weights(self, progress: float) -> dict[str, float]:
+    def weights(self, progress: float) -> dict[str, float | Tensor]:
         """The one term counts in full."""
         return {"ce": 1.0}
 
+    def after_step(self, network: nn.Module) -> None:
+        """Nothing is remembered."""
 
-@dataclass(frozen=True)
-class DistillObjective:
-    """Cross-entropy plus temperature KL to the teacher (Hinton, Vinyals and Dean 2015)."""
-
-    settings: DistillSettings
-    label_smoothing: float = 0.0
-
-    def step(
-        self, network: nn.Module, batch: Batch, teacher_logits_NK: Tensor | None, progress: float
-    ) -> StepOutput:
-        """Return the terms ``kl`` (with its factor T squared) and, where it counts, ``ce``."""
-        assert teacher_logits_NK is not None, "a distilled student needs a teacher source"
-        logits_NK = network(batch.images_NCHW)
-        temperature = value_at(self.settings.temperature, progress)
-        terms = {"kl": kl(logits_NK, teacher_logits_NK, temperature=temperature)}
-        if self.settings.ce_weight != 0:
-            labels = LabelObjective(self.label_smoothing)
-            terms["ce"] = labels.cross_entropy(logits_NK, batch)
-        return StepOutput(terms, logits_NK)
-
-    def weights(self, progress: float) -> dict[str, float]:
-        """Return ``kl_weight`` and ``ce_weight`` at this progress."""
-        return {
-            "kl": value_at(self.settings.kl_weight, progress),
-            "ce": value_at(self.settings.ce_weight, progress),
-        }
+    def after_validation(self, numbers: dict[str, float], progress: float) -> None:
+        """Nothing is adjusted."""

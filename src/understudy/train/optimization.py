@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ EMA_WARMUP = 10
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-def build_optimizer(network: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """Return SGD with Nesterov momentum, or AdamW, for the trainable parameters.
+def build_optimizer(modules: Sequence[nn.Module], settings: Optimizer) -> torch.optim.Optimizer:
+    """Return SGD with Nesterov momentum, or AdamW, for the trainable parameters of the modules.
 
     Weight decay is left off one-dimensional parameters (biases, norm scales), as is usual since
     Goyal et al. 2017, section 5.1.
     """
-    trainable = [p for p in network.parameters() if p.requires_grad]
+    trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},

@@ -35,9 +35,13 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Trained weights (of the averaged network where there is one) and what was watched."""
+    """Trained weights (of the averaged network where there is one) and what was watched.
+
+    ``parts`` is the last state of what the objective trains or remembers beside the network.
+    """
 
     weights: dict[str, Tensor]
+    parts: dict[str, Tensor]
     rows: list[dict[str, Any]]
     seconds: float
     num_steps: int

@@ -125,24 +125,3 @@ class TrainSettings(Section):
         if self.learning_rate_schedule.warmup_epochs >= self.num_epochs:
             raise ValueError("warmup_epochs must be less than num_epochs")
         return self
-
-
-class DistillSettings(Section):
-    """The combined loss: ``kl_weight * T^2 * KL + ce_weight * cross-entropy``.
-
-    The paper's convention is weights a and 1 - a, and its default (their mean) is a half each.
-    """
-
-    kl_weight: Annotated[Weight, Field(description="A number or a schedule.")] = 0.9
-    ce_weight: Annotated[Weight, Field(description="A number or a schedule.")] = 0.1
-    temperature: Annotated[Temperature, Field(description="A number or a schedule.")] = 4.0
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> DistillSettings:
-        if self.kl_weight == 0 and self.ce_weight == 0:
-            raise ValueError("kl_weight and ce_weight are both 0: there is nothing to learn")
-        if isinstance(self.temperature, Schedule) and not (
-            self.temperature.start > 0 and self.temperature.end > 0
-        ):
-            raise ValueError("temperature must stay above 0")
-        return self

@@ -14,6 +14,7 @@ import torch.distributed
 from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
@@ -23,6 +24,7 @@ from understudy.errors import TrainingError, problem
 from understudy.models.dropout import set_dropout_step
 from understudy.progress import log
 from understudy.runtime import derive_seed
+from understudy.teachers.outputs import TeacherOutputs
 from understudy.train.checkpoint import (
     clone_state,
     load_checkpoint,
@@ -30,6 +32,7 @@ from understudy.train.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from understudy.train.feed import split_update
 from understudy.train.monitor import MetricsLog
 from understudy.train.optimization import averaged_copy, build_optimizer
 from understudy.train.plan import Position, TrainPlan, TrainResult
@@ -38,6 +41,7 @@ from understudy.train.schedules import learning_rate_factor
 CHECKPOINT_NAME = "checkpoint.pt"
 INTERRUPTED_NAME = "interrupted.pt"
 FAILED_BATCH_NAME = "failed_batch.safetensors"
+SEED_MASK = (1 << 63) - 1
 
 
 class Training:
@@ -51,10 +55,11 @@ class Training:
         if settings.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = network.to(fabric.device)
+        self.parts = plan.objective.parts.to(fabric.device)
         self.averaged: AveragedModel | None = None
         if settings.ema_decay is not None:
             self.averaged = averaged_copy(self.network, settings.ema_decay)
-        optimizer = build_optimizer(self.network, settings.optimizer)
+        optimizer = build_optimizer((self.network, self.parts), settings.optimizer)
         forward = self.network
         if settings.compile:
             forward = torch.compile(self.network)  # type: ignore[assignment]
@@ -65,9 +70,10 @@ class Training:
 
     # One update
 
-    def rest_of_epoch(self) -> Iterator[tuple[Batch, Tensor | None]]:
-        """Yield what is left of the current epoch: (batch, teacher_logits_NK or None)."""
+    def rest_of_epoch(self) -> Iterator[tuple[Batch, TeacherOutputs | None]]:
+        """Yield what is left of the current epoch: (batch, teacher outputs or None)."""
         self.network.train()
+        self.parts.train()
         self.epoch_started = time.perf_counter() - self.at.epoch_seconds
         return self.plan.feed.epoch(
             self.at.epoch,
@@ -76,21 +82,36 @@ class Training:
             num_processes=self.fabric.world_size,
         )
 
-    def backward(self, batch: Batch, teacher_logits_NK: Tensor | None) -> dict[str, float]:
+    def backward(self, batch: Batch, teacher: TeacherOutputs | None) -> dict[str, float]:
         """Leave the batch's clipped gradients in the parameters; return loss, terms and norm."""
-        clip_norm = self.plan.settings.clip_norm
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         set_dropout_step(self.network, seed=self.dropout_seed, step=self.at.step)
+        set_dropout_step(self.parts, seed=~self.dropout_seed & SEED_MASK, step=self.at.step)
         self.optimizer.zero_grad(set_to_none=True)
-        values = self.accumulate(batch, teacher_logits_NK, self.share_done())
-        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        values = self.accumulate(batch, teacher, self.share_done())
+        self.average_gradients(self.parts)
+        values["gradient_norm"] = self.clip_gradients(self.network)
+        values["parts_gradient_norm"] = self.clip_gradients(self.parts)
+        return values
+
+    def clip_gradients(self, module: nn.Module) -> float:
+        """Clip a module's gradients together; return their norm before that."""
+        clip_norm = self.plan.settings.clip_norm
+        parameters = [p for p in module.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        values["gradient_norm"] = norm.item()
         if clip_norm is not None:
             clip_grads_with_norm_(parameters, clip_norm, norm, foreach=True)
-        return values
+        return norm.item()
+
+    def average_gradients(self, module: nn.Module) -> None:
+        """Average a module's gradients over the processes, as Fabric does for the network's."""
+        if self.fabric.world_size > 1:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= self.fabric.world_size
 
     def all_finite(self, values: dict[str, float]) -> bool:
         """Return whether loss, terms and gradient norm are finite in every process."""
@@ -101,6 +122,7 @@ class Training:
         at, every_steps = self.at, self.plan.settings.checkpoint_every_steps
         if self.averaged is not None:
             self.averaged.update_parameters(self.network)
+        self.plan.objective.after_step(self.network)
         for name, value in values.items():
             at.sums[name] = at.sums.get(name, 0.0) + value
         at.batch += 1
@@ -114,48 +136,45 @@ class Training:
         return self.at.step / max(1, self.num_steps - 1)
 
     def accumulate(
-        self, batch: Batch, teacher_logits_NK: Tensor | None, done: float
+        self, batch: Batch, teacher: TeacherOutputs | None, done: float
     ) -> dict[str, float]:
         """Back-propagate the batch in its micro-batches; return loss, terms and accuracy."""
-        weights = self.plan.objective.weights(done)
-        values: dict[str, float] = dict.fromkeys(("loss", "accuracy"), 0.0)
-        parts = list(self.micro_batches(batch, teacher_logits_NK))
-        for number, (part, teacher_part) in enumerate(parts):
+        objective, curriculum = self.plan.objective, self.plan.feed.curriculum
+        values: dict[str, float] = dict.fromkeys(("loss", "right", "labelled"), 0.0)
+        parts = list(self.micro_batches(batch, teacher))
+        for number, (part, answer) in enumerate(parts):
             share = len(part.labels_N) / len(batch.labels_N)
             more_follow = number + 1 < len(parts)
             with self.fabric.no_backward_sync(self.model, enabled=more_follow):
-                output = self.plan.objective.step(self.model, part, teacher_part, done)
+                output = objective.step(self.model, part, answer, done)
+                weights = objective.weights(done)
                 loss = sum(
                     (weights[name] * term for name, term in output.terms.items()),
                     start=torch.zeros((), device=self.fabric.device),
                 )
                 self.fabric.backward(loss * share)
             values["loss"] += loss.item() * share
-            values["accuracy"] += batch_accuracy(output.logits_NK.detach(), part) * share
+            logits_NK = output.logits_NK.detach()
+            num_right, num_labelled = count_right(logits_NK, part)
+            values["right"] += num_right / len(batch.labels_N)
+            values["labelled"] += num_labelled / len(batch.labels_N)
+            if curriculum is not None and curriculum.watches_losses:
+                curriculum.observe(part.indices_N.cpu(), sample_losses(logits_NK, part).cpu())
             for name, term in output.terms.items():
                 key = f"losses/{name}"
                 values[key] = values.get(key, 0.0) + term.item() * share
         return values
 
     def micro_batches(
-        self, batch: Batch, teacher_logits_NK: Tensor | None
-    ) -> Iterator[tuple[Batch, Tensor | None]]:
+        self, batch: Batch, teacher: TeacherOutputs | None
+    ) -> Iterator[tuple[Batch, TeacherOutputs | None]]:
         """Yield the batch on the device, cut into parts for gradient accumulation."""
-        memory_format = (
-            torch.channels_last if self.plan.settings.channels_last else torch.contiguous_format
-        )
-        size = math.ceil(len(batch.labels_N) / self.plan.settings.num_micro_batches)
-        for start in range(0, len(batch.labels_N), size):
-            fields: dict[str, Any] = {
-                name: None if value is None else value[start : start + size].to(self.fabric.device)
-                for name, value in vars(batch).items()
-            }
-            fields["images_NCHW"] = fields["images_NCHW"].contiguous(memory_format=memory_format)
-            part = Batch(**fields)
-            if teacher_logits_NK is None:
-                yield part, None
-            else:
-                yield part, teacher_logits_NK[start : start + size].to(self.fabric.device)
+        settings = self.plan.settings
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        size = math.ceil(len(batch.labels_N) / settings.num_micro_batches)
+        for part, answer in split_update(batch, teacher, size=size, device=self.fabric.device):
+            images_NCHW = part.images_NCHW.contiguous(memory_format=layout)
+            yield dataclasses.replace(part, images_NCHW=images_NCHW), answer
 
     def learning_rate(self) -> float:
         """Return the learning rate of the next update, after any rollback."""
@@ -181,9 +200,12 @@ class Training:
         if is_last or num_epochs_done % settings.validate_every_epochs == 0:
             numbers = self.validate()
             row |= {f"validation_{name}": value for name, value in numbers.items()}
+            self.plan.objective.after_validation(numbers, self.share_done())
             if settings.keep == "best" and numbers["accuracy"] > at.best_accuracy:
                 at.best_accuracy = numbers["accuracy"]
                 self.best_weights = clone_state(self.kept_network().state_dict())
+        if self.plan.feed.curriculum is not None:
+            self.plan.feed.curriculum.end_epoch(epoch=at.epoch)
         at.rows.append(row)
         at.epoch, at.batch, at.epoch_seconds, at.sums = num_epochs_done, 0, 0.0, {}
         if self.log is not None:
@@ -208,7 +230,7 @@ class Training:
             "losses": losses,
             "learning_rate": self.learning_rate(),
             "gradient_norm": means["gradient_norm"],
-            "train_accuracy": means["accuracy"],
+            "train_accuracy": means["right"] / means["labelled"] if means["labelled"] else None,
             "num_rollbacks": at.num_rollbacks,
             "samples_per_second": feed.num_batches * feed.batch_size / seconds,
             "seconds": seconds,
@@ -232,14 +254,14 @@ class Training:
     # Safety
 
     def roll_back(
-        self, batch: Batch, teacher_logits_NK: Tensor | None, values: dict[str, float]
+        self, batch: Batch, teacher: TeacherOutputs | None, values: dict[str, float]
     ) -> None:
         """Go back to the last good checkpoint with a lower learning rate, or give up."""
         settings = self.plan.settings
         num_rollbacks = self.at.num_rollbacks + 1
         where = f"epoch {self.at.epoch}, update {self.at.step}"
         if num_rollbacks > settings.max_rollbacks:
-            path = self.save_failed_batch(batch, teacher_logits_NK)
+            path = self.save_failed_batch(batch, teacher)
             raise TrainingError(
                 problem(
                     f"the loss or gradient is not finite at {where} ({values}), after "
@@ -257,11 +279,11 @@ class Training:
             *(where, values, self.at.step, self.at.rate_factor),
         )
 
-    def save_failed_batch(self, batch: Batch, teacher_logits_NK: Tensor | None) -> Path:
+    def save_failed_batch(self, batch: Batch, teacher: TeacherOutputs | None) -> Path:
         """Write the batch that was not finite, for a look at it."""
         tensors = {name: value for name, value in vars(batch).items() if value is not None}
-        if teacher_logits_NK is not None:
-            tensors["teacher_logits_NK"] = teacher_logits_NK
+        if teacher is not None:
+            tensors["teacher_logits_NK"] = teacher.logits_NK
         path = self.plan.folder / FAILED_BATCH_NAME
         with atomic_path(path) as temporary:
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
@@ -278,18 +300,20 @@ class Training:
 
     def save(self, name: str) -> None:
         """Write a checkpoint. A scheduled one makes that of an interruption out of date."""
-        states = [random_state()]
+        own = {"random": random_state(), "sums": self.at.sums}
+        states = [own] * self.fabric.world_size
         if self.fabric.world_size > 1:
-            states *= self.fabric.world_size
-            torch.distributed.all_gather_object(states, random_state())
+            torch.distributed.all_gather_object(states, own)
         if self.fabric.is_global_zero:
             values = {
                 "position": dataclasses.asdict(self.at),
                 "network": self.network.state_dict(),
+                "parts": self.parts.state_dict(),
+                "curriculum": state_of(self.plan.feed.curriculum),
                 "optimizer": self.optimizer.state_dict(),
                 "averaged": None if self.averaged is None else self.averaged.state_dict(),
                 "best_weights": self.best_weights,
-                "random_states": states,
+                "processes": states,
             }
             save_checkpoint(self.plan.folder / name, values)
             if name == CHECKPOINT_NAME:
@@ -315,11 +339,16 @@ class Training:
         values = load_checkpoint(path)
         self.at = Position(**values["position"])
         self.network.load_state_dict(values["network"])
+        self.parts.load_state_dict(values["parts"])
+        if isinstance(self.plan.feed.curriculum, nn.Module):
+            self.plan.feed.curriculum.load_state_dict(values["curriculum"])
         self.optimizer.load_state_dict(values["optimizer"])
         if self.averaged is not None:
             self.averaged.load_state_dict(values["averaged"])
         self.best_weights = values["best_weights"]
-        restore_random_state(values["random_states"][self.fabric.global_rank])
+        own = values["processes"][self.fabric.global_rank]
+        self.at.sums = own["sums"]
+        restore_random_state(own["random"])
 
     def finish(self) -> TrainResult:
         """Close the logs and return the weights that ``settings.keep`` names."""
@@ -330,6 +359,7 @@ class Training:
             weights = clone_state(self.kept_network().state_dict())
         return TrainResult(
             weights=weights,
+            parts=clone_state(self.parts.state_dict()),
             rows=self.at.rows,
             seconds=sum(row["seconds"] for row in self.at.rows),
             num_steps=self.at.step,
@@ -343,11 +373,22 @@ class Training:
         return f"validation {self.at.rows[-1]['validation_accuracy']:.2%}"
 
 
-def batch_accuracy(logits_NK: Tensor, batch: Batch) -> float:
-    """Return the share of right answers; a mixed picture's labels count by their weights."""
-    answers_N = logits_NK.argmax(dim=1)
+def count_right(logits_NK: Tensor, batch: Batch) -> tuple[float, int]:
+    """Return how many labelled samples are right (mixed labels by their weights), of how many."""
+    answers_N, labelled_N = logits_NK.argmax(dim=1), batch.labels_N >= 0
     right_N = (answers_N == batch.labels_N).float()
     if batch.partner_labels_N is not None and batch.label_weight_N is not None:
         partner_right_N = (answers_N == batch.partner_labels_N).float()
         right_N = batch.label_weight_N * right_N + (1 - batch.label_weight_N) * partner_right_N
-    return right_N.mean().item()
+        labelled_N = labelled_N & (batch.partner_labels_N >= 0)
+    return right_N[labelled_N].sum().item(), int(labelled_N.sum())
+
+
+def sample_losses(logits_NK: Tensor, batch: Batch) -> Tensor:
+    """Return each sample's cross-entropy with its own label."""
+    return functional.cross_entropy(logits_NK.float(), batch.labels_N, reduction="none")
+
+
+def state_of(module: object) -> dict[str, Any] | None:
+    """Return the state of what may be a module."""
+    return module.state_dict() if isinstance(module, nn.Module) else None
