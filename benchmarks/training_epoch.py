@@ -26,14 +26,17 @@ from understudy.data.views import Views
 from understudy.models.build import NormalizedModel, build_network
 from understudy.progress import silent
 from understudy.runtime import hardware_facts, package_versions
-from understudy.teachers.label import StoredTeacher, view_keys
+from understudy.teachers.label import view_keys
 from understudy.teachers.store import OutputStore
+from understudy.teachers.stored import StoredTeacher
 from understudy.train.devices import make_fabric, use_threads
+from understudy.train.distill_settings import DistillSettings
+from understudy.train.distillation import DistillObjective
 from understudy.train.feed import Feed
 from understudy.train.loop import train
-from understudy.train.objective import DistillObjective, LabelObjective
+from understudy.train.objective import LabelObjective
 from understudy.train.plan import TrainPlan
-from understudy.train.settings import DistillSettings, TrainSettings
+from understudy.train.settings import TrainSettings
 
 NUM_VIEWS = 2
 SPEC = [{"pad_crop": {"padding": 4}}, {"flip": {}}]

@@ -27,9 +27,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 recipes_app = typer.Typer(help="Recipes that are shipped with the package.", no_args_is_help=True)
+teachers_app = typer.Typer(help="Teachers to choose from.", no_args_is_help=True)
 store_app = typer.Typer(help="Stored teacher outputs.", no_args_is_help=True)
+heads_app = typer.Typer(
+    help="Heads for more tasks on a finished run's student.", no_args_is_help=True
+)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(heads_app, name="heads")
 app.add_typer(store_app, name="store")
+app.add_typer(teachers_app, name="teachers")
 
 RecipeArgument = Annotated[
     str | None,
@@ -180,6 +186,15 @@ def export(recipe: RunArgument, changes: SetOption = None, out: OutOption = None
 
 
 @app.command()
+def exits(recipe: RunArgument, changes: SetOption = None, out: OutOption = None) -> None:
+    """Choose where pictures leave the student early, for another target with --set."""
+    from understudy import stages
+    from understudy.recipes.exit_report import exits_table
+
+    print(exits_table(stages.exits(recipe, changes=changes or (), out=out)))
+
+
+@app.command()
 def report(recipe: RunArgument, changes: SetOption = None, out: OutOption = None) -> None:
     """Write the report from the records of a run."""
     from understudy import stages
@@ -220,6 +235,74 @@ def recipes_copy(
     from understudy.recipes.files import copy_recipe
 
     print(copy_recipe(name, target))
+
+
+@heads_app.command("add")
+def heads_add(
+    run: RunArgument,
+    task: Annotated[str, typer.Option("--task", help="Name of the task.")],
+    label_column: Annotated[
+        str, typer.Option("--label-column", help="Column of the data with the task's labels.")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Of the head: teacher=true, hidden=[64]."),
+    ] = None,
+) -> None:
+    """Train a head for one more task; the student and its trunk stay as they are."""
+    from understudy import stages
+    from understudy.recipes.head_report import heads_table
+
+    stages.add_head(run, task=task, label_column=label_column, changes=changes or ())
+    print(heads_table(Path(run)))
+
+
+@heads_app.command("list")
+def heads_list(run: RunArgument) -> None:
+    """Show the heads of a run: size, accuracy, and what needs no head."""
+    from understudy import stages
+    from understudy.recipes.head_report import heads_table
+
+    print(heads_table(stages.existing_run(run)))
+
+
+@heads_app.command("remove")
+def heads_remove(
+    run: RunArgument, task: Annotated[str, typer.Option("--task", help="Name of the task.")]
+) -> None:
+    """Remove a task's head from a run."""
+    from understudy import stages
+
+    stages.remove_head(run, task=task)
+
+
+@teachers_app.command("rank")
+def teachers_rank(
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="A recipe with candidates, or an earlier ranking."),
+    ],
+    changes: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME-teachers.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ranking as JSON.")] = False,
+) -> None:
+    """Profile and probe candidate teachers: which one makes the best student, and why."""
+    from understudy import stages
+
+    ranking = stages.rank_teachers(recipe, changes=changes or (), out=out)
+    if as_json:
+        print(ranking.to_json(), end="")
+        return
+    from understudy.report.ranking_views import ranking_table, ranking_text
+
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(ranking_table(ranking))
+    else:
+        print(ranking_text(ranking), end="")
 
 
 @store_app.command("list")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,21 +12,41 @@ from typing import Any, TypeVar
 from understudy.artifacts import Record, exclusive
 from understudy.errors import InputError, problem
 from understudy.progress import log
+from understudy.recipes.chain import chained, require_steps, run_steps
 from understudy.recipes.check import check_recipe, parse_checked
 from understudy.recipes.evaluate import evaluate as evaluate_stage
+from understudy.recipes.exits import exits as exits_stage
 from understudy.recipes.export import export as export_stage
 from understudy.recipes.files import RECIPE_NAME, read_recipe, save_recipe
+from understudy.recipes.finetune import train_network
+from understudy.recipes.heads import HEADS_FOLDER, train_head, train_heads
 from understudy.recipes.label import label as label_stage
+from understudy.recipes.peers import collect_teacher, trains_teacher
 from understudy.recipes.prepare import split
+from understudy.recipes.rank import checked_candidates, rank
+from understudy.recipes.rank_open import ranking_folder, ranking_recipe
+from understudy.recipes.rank_probe import CANDIDATES_NAME
 from understudy.recipes.report import Outcome
 from understudy.recipes.report import report as report_stage
 from understudy.recipes.run import Run, home_folder
 from understudy.recipes.schema import Recipe
 from understudy.recipes.teach import teach as teach_stage
-from understudy.recipes.train import train_role
+from understudy.report.ranking import Ranking
 from understudy.train.devices import use_threads
 
-__all__ = ["distill", "evaluate", "export", "label", "report", "teach", "train"]
+__all__ = [
+    "add_head",
+    "distill",
+    "evaluate",
+    "exits",
+    "export",
+    "label",
+    "rank_teachers",
+    "remove_head",
+    "report",
+    "teach",
+    "train",
+]
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
 Result = TypeVar("Result")
@@ -50,14 +72,22 @@ def distill(
     run = open_run(recipe, changes=changes, out=out)
     with working(run):
         start(run)
+        run_steps(run)
         split(run)
-        teach_stage(run)
-        label_stage(run)
-        train_role(run, "student")
+        if run.teaches_first:
+            teach_stage(run)
+        if run.stores_outputs:
+            label_stage(run)
+        train_network(run, "student")
+        if trains_teacher(run):
+            collect_teacher(run)
         if run.recipe.control:
-            train_role(run, "control")
+            train_network(run, "control")
         evaluate_stage(run)
         export_stage(run)
+        if run.recipe.exits is not None:
+            exits_stage(run)
+        train_heads(run)
         return report_stage(run)
 
 
@@ -81,9 +111,11 @@ def train(
     """Train student and control from the stored outputs; return the student's record."""
 
     def both(run: Run) -> Record:
-        record = train_role(run, "student")
+        record = train_network(run, "student")
+        if trains_teacher(run):
+            collect_teacher(run)
         if run.recipe.control:
-            train_role(run, "control")
+            train_network(run, "control")
         return record
 
     return alone(both, recipe, changes, out)
@@ -103,6 +135,13 @@ def export(
     return alone(export_stage, recipe, changes, out)
 
 
+def exits(
+    recipe: RecipeLike, *, changes: Sequence[str] = (), out: str | Path | None = None
+) -> Record:
+    """Choose where pictures leave the student, perhaps for another target, and export that."""
+    return alone(exits_stage, recipe, changes, out)
+
+
 def report(
     recipe: RecipeLike, *, changes: Sequence[str] = (), out: str | Path | None = None
 ) -> Outcome:
@@ -110,6 +149,81 @@ def report(
     run = open_run(recipe, changes=changes, out=out)
     with working(run):
         return report_stage(run)
+
+
+def add_head(
+    run_folder: str | Path, *, task: str, label_column: str, changes: Sequence[str] = ()
+) -> Record:
+    """Train a head for one more task on the student of a finished run, and export it.
+
+    The student's weights and the trunk's file stay as they are. The task is written into the
+    run's recipe; a head of this name is trained anew where its settings differ.
+
+    Args:
+        task: its name.
+        label_column: the column of the data that holds its labels.
+        changes: ``path.to.key=value`` items of the head's section, such as ``teacher=true``.
+
+    Raises:
+        InputError: something given is wrong, or the run has no student yet.
+        ParityError: trunk and head as files differ from what was trained.
+    """
+    folder = existing_run(run_folder)
+    asked = [f"label_column={json.dumps(label_column)}", *changes]
+    in_recipe = [f"heads.{task}.{change}" for change in asked]
+    return alone(lambda run: train_head(run, task), folder, in_recipe, None)
+
+
+def remove_head(run_folder: str | Path, *, task: str) -> None:
+    """Remove the head of a task from a run's recipe and from its folder.
+
+    Raises:
+        InputError: the run has no such task.
+    """
+    folder = existing_run(run_folder)
+    values, origin = read_recipe(folder)
+    recipe = parse_checked(values, origin=origin)
+    kept = {name: settings for name, settings in recipe.heads.items() if name != task}
+    if len(kept) == len(recipe.heads):
+        raise InputError(
+            problem(
+                f"{folder} has no head for the task '{task}'",
+                expected=f"one of {', '.join(kept) or '(it has none)'}",
+                mend="`understudy heads list` shows what there is.",
+            )
+        )
+    with exclusive(folder):
+        save_recipe(recipe.model_copy(update={"heads": kept}), folder)
+        shutil.rmtree(folder / HEADS_FOLDER / task, ignore_errors=True)
+
+
+def rank_teachers(
+    recipe: RecipeLike, *, changes: Sequence[str] = (), out: str | Path | None = None
+) -> Ranking:
+    """Profile the recipe's candidate teachers, probe each with short trainings, and rank them.
+
+    What is finished is reused; a killed ranking continues. The ranking is also written to
+    ``ranking.json``, ``ranking.md`` and ``ranking.html`` in the folder.
+
+    Args:
+        recipe: as in ``distill``, with ``candidates``, or with the teachers of an ensemble.
+        changes: ``path.to.key=value`` items, for a recipe that comes from a file.
+        out: the ranking's folder; by default ``runs/NAME-teachers``.
+
+    Raises:
+        InputError: something the user gave is wrong; every problem is listed.
+    """
+    checked = ranking_recipe(recipe, changes)
+    run = Run(checked, ranking_folder(recipe, checked.name, out), home_folder())
+    candidates = checked_candidates(run)
+    with exclusive(run.folder):
+        try:
+            (run.folder / CANDIDATES_NAME).mkdir(exist_ok=True)
+            start(run)
+            return rank(run, candidates)
+        except KeyboardInterrupt:
+            log.warning("`understudy teachers rank %s` continues where this stopped", run.folder)
+            raise
 
 
 def open_run(
@@ -128,7 +242,7 @@ def open_run(
     folder = Path(out) if out is not None else Path("runs") / checked.name
     run = Run(checked, folder, home_folder())
     check_recipe(run)
-    return run
+    return chained(run)
 
 
 def existing_run(folder: str | Path) -> Path:
@@ -160,7 +274,7 @@ def start(run: Run) -> None:
     use_threads(run.recipe.device.num_threads)
     for leftover in run.folder.rglob(".*.part"):
         leftover.unlink()  # of a process that was killed while it wrote
-    save_recipe(run.recipe, run.folder)
+    save_recipe(run.asked, run.folder)
 
 
 def alone(
@@ -173,5 +287,6 @@ def alone(
     run = open_run(recipe, changes=changes, out=out)
     with working(run):
         start(run)
+        require_steps(run)
         split(run)
         return stage(run)

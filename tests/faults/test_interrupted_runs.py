@@ -62,7 +62,7 @@ def test_ctrl_c_in_labelling_keeps_whole_chunks(warm, tiny_recipe, fresh, tmp_pa
     assert num_kept > 0
     finished = warm.run("label", fresh.folder, home=fresh.home)
     assert finished.code == 0, finished.err
-    assert fresh.record("labels").timing["num_reused"] > 0
+    assert fresh.record("labels").timing["teacher"]["num_reused"] > 0
     # Labelled once more in another store, nothing differs.
     other_home = tmp_path / "other"
     assert warm.run("label", fresh.folder, home=other_home).code == 0

@@ -22,7 +22,7 @@ class Batch:
     Attributes:
         indices_N: sample numbers in the source, int64.
         images_NCHW: uint8.
-        labels_N: int64.
+        labels_N: int64; -1 where there is none.
         partner_labels_N: labels of the samples that were mixed in; None without mixing.
         label_weight_N: float32, the own label's share, the partner's being the rest; None without
             mixing.

@@ -81,6 +81,15 @@ def find_columns(
     return Columns(image, label)
 
 
+def find_image_column(features: Mapping[str, Any], image_column: str | None) -> str:
+    """Return the picture column of one part alone. Raises DataError as ``find_columns`` does."""
+    problems: list[str] = []
+    image = _choose("image", image_column, features, problems)
+    if image is None:
+        raise DataError(*problems)
+    return image
+
+
 def _choose(
     role: Literal["image", "label"],
     named: str | None,

@@ -28,6 +28,7 @@ from understudy.runtime import num_usable_cores
 GIVEN_SPLITS = ("train", "validation", "test")
 FINGERPRINT_VERSION = 1
 MAX_WORKERS = 4
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DataFacts:
     Attributes:
         image_shape: (C, H, W) of all pictures; C is 1 (grey) or 3 (RGB).
         class_names: one name for each of the K classes.
-        labels_N: int64, 0 to K - 1.
+        labels_N: int64, 0 to K - 1; -1 for pictures without a label, which are training rows.
         sample_ids: hex hash of each picture's shape and decoded pixels.
         given_splits: "train", "validation" or "test" for each sample.
         fingerprint: hex hash of pixels, labels, class names, given splits and the samples' order;
@@ -110,7 +111,7 @@ class ImageSource(ABC):
 
     @property
     def labels_N(self) -> Tensor:  # noqa: N802
-        """Labels, int64, 0 to K - 1."""
+        """Labels, int64, 0 to K - 1; -1 where there is none."""
         return self.facts.labels_N
 
     @property

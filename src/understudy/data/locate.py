@@ -98,6 +98,23 @@ def locate(source: str, splits: Mapping[str, str] | None) -> Location:
     return Location("hub", source, {}, dict(splits or {}))
 
 
+def locate_pictures(source: str) -> Location:
+    """Return what a source of pictures without labels is, the part for training where it has parts.
+
+    In a folder of pictures they may lie anywhere. Raises DataError as ``locate`` does.
+    """
+    root = Path(source).expanduser()
+    if not root.is_dir() or _table_folder(root, None) is not None:
+        return locate(source, None)
+    parts = [path for path in sorted(root.iterdir()) if path.is_dir() and _is_split_folder(path)]
+    training = [path for path in parts if SPLIT_WORDS[path.name.lower()] == "train"]
+    files = [path for folder in training or [root] for path in _all_files(folder)]
+    pictures = tuple(path for path in files if is_image_name(path))
+    if not pictures:
+        raise DataError(problem(f"{root} holds no data", expected=ACCEPTED, mend="Check the path."))
+    return Location("images", str(root), {"train": pictures}, {})
+
+
 def choose_parts(
     names: Sequence[str], splits: Mapping[str, str] | None, *, where: str
 ) -> dict[str, list[str]]:
@@ -153,6 +170,11 @@ def _single_file(path: Path) -> Location:
 
 
 def _folder(root: Path, splits: Mapping[str, str] | None) -> Location:
+    return _table_folder(root, splits) or _image_folder(root, splits)
+
+
+def _table_folder(root: Path, splits: Mapping[str, str] | None) -> Location | None:
+    """A folder with tables in it; None if there are none."""
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return _saved(root, splits)
     tables: tuple[tuple[Kind, frozenset[str]], ...] = (
@@ -170,7 +192,7 @@ def _folder(root: Path, splits: Mapping[str, str] | None) -> Location:
                     split: tuple(by_name[name] for name in names) for split, names in parts.items()
                 }
                 return Location(kind, str(root), files, {})
-    return _image_folder(root, splits)
+    return None
 
 
 def _saved(root: Path, splits: Mapping[str, str] | None) -> Location:

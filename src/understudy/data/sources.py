@@ -113,6 +113,11 @@ def _digits() -> InMemoryImages:
         torch.from_numpy(images_NHW)[:, None].contiguous(),
         torch.from_numpy(bunch.target.astype(np.int64)),
         class_names=[str(name) for name in bunch.target_names],
+        # Further tasks on the same pictures.
+        metadata={
+            "parity": ["odd" if label % 2 else "even" for label in bunch.target.tolist()],
+            "at_least_5": ["yes" if label >= 5 else "no" for label in bunch.target.tolist()],
+        },
     )
 
 

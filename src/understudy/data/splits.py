@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from understudy.data.images import GIVEN_SPLITS
 from understudy.errors import DataError, problem
+from understudy.runtime import derive_seed
 
 SPLIT_NAMES = ("train", "calibration", "validation", "test")
 FRACTION_NAMES = ("calibration", "validation", "test")
@@ -173,6 +174,30 @@ def _check_members(
         )
     if problems:
         raise DataError(*problems)
+
+
+def fewer_training_samples(splits: Splits, num_samples: int | None, *, seed: int) -> Splits:
+    """Return the splits with so many of the training samples, drawn at random; None keeps all.
+
+    The draw of a smaller number is part of that of a larger one. The other splits stay.
+
+    Raises:
+        DataError: there are not so many.
+    """
+    if num_samples is None:
+        return splits
+    num_there = len(splits.train)
+    if num_samples > num_there:
+        raise DataError(
+            problem(
+                f"{num_samples} training samples are asked for and the split holds {num_there}",
+                expected=f"at most {num_there}",
+                mend="Lower the number, or leave it out to take all.",
+            )
+        )
+    generator = torch.Generator().manual_seed(derive_seed(seed, "fewer samples"))
+    chosen = torch.randperm(num_there, generator=generator)[:num_samples].sort().values
+    return replace(splits, train=splits.train[chosen])
 
 
 def _check_classes(splits: Splits, labels_N: Tensor, class_names: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from understudy.data.columns import (
     RowFacts,
     encode_labels,
     find_columns,
+    find_image_column,
     is_scalar,
     plain_value,
 )
@@ -84,19 +85,48 @@ def open_tables(
     with _quiet_datasets():
         if location.kind == "images":
             tables = _read_image_folder(location)
-        elif location.kind == "hub":
-            tables = _read_hub(location)
         else:
-            tables = {
-                split: _read_files(location, split, memory_limit_bytes, cache)
-                for split in location.files
-            }
+            tables = _read_tables(location, memory_limit_bytes, cache)
         features = {split: table.features for split, table in tables.items()}
         columns = find_columns(features, image_column=image_column, label_column=label_column)
         images = datasets.concatenate_datasets(
             [_only_images(table.rows, columns.image) for table in tables.values()]
         )
         return _row_facts(tables, columns), TableImages(images)
+
+
+def open_pictures(
+    location: Location, *, image_column: str | None, memory_limit_bytes: int, cache: Path | None
+) -> TableImages:
+    """Return the encoded pictures alone, of the training part where there are several parts.
+
+    Other arguments and errors as those of ``open_tables``.
+    """
+    with _quiet_datasets():
+        if location.kind == "images":
+            encoded = [{"bytes": None, "path": str(path)} for path in location.files["train"]]
+            features = datasets.Features({IMAGE: datasets.Image(decode=False)})
+            return TableImages(datasets.Dataset.from_dict({IMAGE: encoded}, features=features))
+        tables = _read_tables(location, memory_limit_bytes, cache)
+        chosen = [tables["train"]] if "train" in tables else list(tables.values())
+        return TableImages(
+            datasets.concatenate_datasets(
+                [
+                    _only_images(table.rows, find_image_column(table.features, image_column))
+                    for table in chosen
+                ]
+            )
+        )
+
+
+def _read_tables(
+    location: Location, memory_limit_bytes: int, cache: Path | None
+) -> dict[str, Table]:
+    if location.kind == "hub":
+        return _read_hub(location)
+    return {
+        split: _read_files(location, split, memory_limit_bytes, cache) for split in location.files
+    }
 
 
 def _row_facts(tables: Mapping[str, Table], columns: Columns) -> RowFacts:

@@ -101,6 +101,53 @@ def export_onnx(
             cannot express (the layer is named), it fixes the batch size, or it is over 2 GB.
         InputError: the opset is out of range.
     """
+    portable = portable_copy(model)
+    # Two images: a batch of one would be taken for a constant.
+    example_NCHW = torch.full((2, *image_shape), 0.5)
+    _check_outputs(portable, example_NCHW, num_classes=len(class_names))
+    entries = file_entries(image_shape, class_names) | dict(metadata or {})
+    write_onnx(portable, path, example=example_NCHW, opset=opset, entries=entries)
+    return read_onnx_facts(path)
+
+
+def write_onnx(
+    model: nn.Module,
+    path: Path,
+    *,
+    example: Tensor,
+    opset: int,
+    entries: Mapping[str, str],
+    input_name: str = INPUT_NAME,
+    output_name: str = OUTPUT_NAME,
+) -> None:
+    """Write a portable model of one input, shaped as the example but for its batch.
+
+    Args:
+        example: two samples at least.
+        entries: the metadata, without the keys' prefix.
+
+    Raises:
+        ModelError, InputError: as ``export_onnx``.
+    """
+    proto = build_proto(
+        model, example=example, opset=opset, input_name=input_name, output_names=[output_name]
+    )
+    write_proto(proto, path, entries=entries)
+
+
+def build_proto(
+    model: nn.Module,
+    *,
+    example: Tensor,
+    opset: int,
+    input_name: str = INPUT_NAME,
+    output_names: Sequence[str] = (OUTPUT_NAME,),
+) -> onnx.ModelProto:
+    """Return the graph of a portable model that returns a tensor, or a list of several.
+
+    Raises:
+        ModelError, InputError: as ``export_onnx``.
+    """
     if opset not in OPSETS:
         raise InputError(
             problem(
@@ -109,26 +156,25 @@ def export_onnx(
                 mend=f"Leave it out for {DEFAULT_OPSET}.",
             )
         )
-    portable = portable_copy(model)
-    # Two images: a batch of one would be taken for a constant.
-    example_NCHW = torch.full((2, *image_shape), 0.5)
-    _check_outputs(portable, example_NCHW, num_classes=len(class_names))
     with _quiet_exporter():
-        captured = _capture(portable, example_NCHW)
-        proto = _translate(captured, opset)
+        captured = _capture(model, example)
+        proto = _translate(captured, opset, input_name, output_names)
     _strip(proto)
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    entries = _entries(image_shape, class_names) | dict(metadata or {})
+    return proto
+
+
+def write_proto(proto: onnx.ModelProto, path: Path, *, entries: Mapping[str, str]) -> None:
+    """Check a graph and write it with its metadata, atomically."""
     onnx.helper.set_model_props(
         proto, {METADATA_PREFIX + key: entries[key] for key in sorted(entries)}
     )
     onnx.checker.check_model(proto, full_check=True)
     write_bytes(path, proto.SerializeToString(deterministic=True))
-    return read_onnx_facts(path)
 
 
-def _entries(image_shape: tuple[int, int, int], class_names: Sequence[str]) -> dict[str, str]:
+def file_entries(image_shape: tuple[int, int, int], class_names: Sequence[str]) -> dict[str, str]:
     """Return the metadata of every file, without the keys' prefix."""
     images = {"name": INPUT_NAME, "dtype": "float32", "layout": "NCHW", "range": [0, 1]}
     logits = {"name": OUTPUT_NAME, "dtype": "float32", "layout": "NK"}
@@ -226,7 +272,12 @@ def _capture(model: nn.Module, example_NCHW: Tensor) -> torch.export.ExportedPro
             hook.remove()
 
 
-def _translate(captured: torch.export.ExportedProgram, opset: int) -> onnx.ModelProto:
+def _translate(
+    captured: torch.export.ExportedProgram,
+    opset: int,
+    input_name: str,
+    output_names: Sequence[str],
+) -> onnx.ModelProto:
     num_bytes = sum(tensor.nbytes for tensor in captured.state_dict.values())
     if num_bytes > MAX_FILE_BYTES:
         raise ModelError(
@@ -242,8 +293,8 @@ def _translate(captured: torch.export.ExportedProgram, opset: int) -> onnx.Model
             (),
             dynamo=True,
             verbose=False,
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
+            input_names=[input_name],
+            output_names=list(output_names),
             opset_version=opset,
             optimize=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -240,30 +241,33 @@ def cross_entropy(
 
     A picture mixed of two (mixup, Zhang et al. 2018; CutMix, Yun et al. 2019) has the loss
     ``w * CE(own label) + (1 - w) * CE(partner's label)``, with ``w`` the share of its own picture.
+    A picture without a label (-1), or mixed with one, does not count.
 
     Args:
         student_logits_NK: [N, K], any floating type; computed in float32.
-        labels_N: [N], int64.
+        labels_N: [N], int64; -1 where there is none.
         partner_labels_N: [N], int64, or None where nothing is mixed.
         label_weight_N: [N], float32 in [0, 1], or None where nothing is mixed.
         label_smoothing: share of the target spread evenly over classes (Szegedy et al. 2016).
 
     Returns:
-        Scalar, float32, the mean over the batch.
+        Scalar, float32, the mean over the batch's labelled pictures; 0 where there are none.
     """
+    labelled_N = labels_N >= 0
+    if partner_labels_N is not None:
+        labelled_N = labelled_N & (partner_labels_N >= 0)
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": -1}
     with torch.autocast(student_logits_NK.device.type, enabled=False):
         logits_NK = student_logits_NK.to(
             torch.promote_types(student_logits_NK.dtype, torch.float32)
         )
+        if not labelled_N.any():
+            return logits_NK[:0].sum()
         if partner_labels_N is None or label_weight_N is None:
-            return F.cross_entropy(logits_NK, labels_N, label_smoothing=label_smoothing)
-        own_N = F.cross_entropy(
-            logits_NK, labels_N, label_smoothing=label_smoothing, reduction="none"
-        )
-        partner_N = F.cross_entropy(
-            logits_NK, partner_labels_N, label_smoothing=label_smoothing, reduction="none"
-        )
-        return (label_weight_N * own_N + (1 - label_weight_N) * partner_N).mean()
+            return F.cross_entropy(logits_NK, labels_N, **options)
+        own_N = F.cross_entropy(logits_NK, labels_N, reduction="none", **options)
+        partner_N = F.cross_entropy(logits_NK, partner_labels_N, reduction="none", **options)
+        return (label_weight_N * own_N + (1 - label_weight_N) * partner_N)[labelled_N].mean()
 
 
 def _mean_divergence(log_student_NK: Tensor, log_teacher_NK: Tensor) -> Tensor:

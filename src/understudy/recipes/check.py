@@ -13,14 +13,8 @@ from understudy.data.view_spec import check_spec
 from understudy.errors import InputError, RecipeError, problem
 from understudy.models.catalog import check_model
 from understudy.recipes.run import Run
-from understudy.recipes.schema import (
-    DataSection,
-    Recipe,
-    StudentSection,
-    TeacherSection,
-    ViewsSection,
-    parse_recipe,
-)
+from understudy.recipes.schema import Recipe, parse_recipe
+from understudy.recipes.sections import DataSection, StudentSection, TeacherSection, ViewsSection
 
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
@@ -35,8 +29,17 @@ def check_recipe(run: Run) -> None:
     problems = [
         *check_folder(run.folder),
         *check_data_path(recipe.data),
-        *check_teacher_section(recipe.teacher),
+        *(
+            text
+            for role, section in run.teachers.items()
+            for text in check_teacher_section(section, where=teacher_place(role))
+        ),
         *check_student_section(recipe.student),
+        *(
+            f"{r}: {text}"
+            for r, m in run.peers.items()
+            for text in check_model(m.name, m.arguments)
+        ),
         *check_spec(run.transforms, where="views.transforms"),
         *check_processes(recipe),
     ]
@@ -49,6 +52,7 @@ def check_recipe(run: Run) -> None:
         run.transforms, image_shape=run.source.image_shape, where="views.transforms"
     )
     problems += check_sizes(run)
+    problems += check_heads(run)
     problems += check_networks(run)
     if problems:
         raise RecipeError(*dict.fromkeys(problems))
@@ -115,18 +119,19 @@ def check_folder(folder: Path) -> list[str]:
 
 def check_data_path(data: DataSection) -> list[str]:
     """A source that looks like a path must exist."""
-    source = data.source
-    path = Path(source).expanduser()
-    looks_like_path = source.startswith((".", "/", "~")) or path.suffix in (".parquet", ".arrow")
-    if looks_like_path and not path.exists():
-        return [
-            problem(
-                f"data.source is {source}, which does not exist",
-                expected="an existing file or folder",
-                mend="Correct the path; it is taken relative to the current folder.",
+    problems = []
+    for name, source in (("source", data.source), ("unlabelled", data.unlabelled or "")):
+        path = Path(source).expanduser()
+        is_table = path.suffix in (".parquet", ".arrow")
+        if (source.startswith((".", "/", "~")) or is_table) and not path.exists():
+            problems.append(
+                problem(
+                    f"data.{name} is {source}, which does not exist",
+                    expected="an existing file or folder",
+                    mend="Correct the path; it is taken relative to the current folder.",
+                )
             )
-        ]
-    return []
+    return problems
 
 
 def check_student_section(student: StudentSection) -> list[str]:
@@ -135,16 +140,22 @@ def check_student_section(student: StudentSection) -> list[str]:
     return [f"student: {text}" for text in check_model(model.name, model.arguments)]
 
 
-def check_teacher_section(teacher: TeacherSection) -> list[str]:
-    """Name, arguments and file of the teacher's network."""
+def teacher_place(role: str) -> str:
+    """Return where a recipe describes a teacher: "teacher-2" is the first besides `teacher`."""
+    _, _, number = role.partition("-")
+    return f"strategy.teachers.{int(number) - 2}" if number else "teacher"
+
+
+def check_teacher_section(teacher: TeacherSection, *, where: str = "teacher") -> list[str]:
+    """Name, arguments and file of a teacher's network."""
     problems, model = [], teacher.model
     if model.name.endswith(".onnx"):
-        name, path = "teacher.model.name", Path(model.name)
+        name, path = f"{where}.model.name", Path(model.name)
     else:
-        problems = [f"teacher: {text}" for text in check_model(model.name, model.arguments)]
+        problems = [f"{where}: {text}" for text in check_model(model.name, model.arguments)]
         if teacher.checkpoint is None:
             return problems
-        name, path = "teacher.checkpoint", teacher.checkpoint
+        name, path = f"{where}.checkpoint", teacher.checkpoint
     if not path.is_file():
         how = "a folder" if path.is_dir() else "not there"
         problems.append(
@@ -161,7 +172,9 @@ def check_processes(recipe: Recipe) -> list[str]:
     """Every batch is divided evenly among the processes, so it must be divisible."""
     num_processes = recipe.device.num_processes
     sizes = {"training.batch_size": recipe.training.batch_size}
-    if recipe.teacher.training is not None:
+    if recipe.finetuning is not None:
+        sizes["finetuning.batch_size"] = recipe.finetuning.batch_size
+    if recipe.teacher is not None and recipe.teacher.training is not None:
         sizes["teacher.training.batch_size"] = recipe.teacher.training.batch_size
     return [
         problem(
@@ -172,6 +185,15 @@ def check_processes(recipe: Recipe) -> list[str]:
         for name, size in sizes.items()
         if size % num_processes
     ]
+
+
+def check_heads(run: Run) -> list[str]:
+    """The tasks of further heads have labels, and what guides them is there."""
+    if not run.recipe.heads:
+        return []
+    from understudy.recipes.head_check import check_tasks
+
+    return check_tasks(run)
 
 
 def check_sizes(run: Run) -> list[str]:
@@ -187,6 +209,7 @@ def check_sizes(run: Run) -> list[str]:
                 mend="Lower it, or drop it to keep all outputs.",
             )
         )
+    problems += check_labelled_batches(run)
     smallest = len(run.splits.train)
     if run.recipe.training.batch_size > smallest:
         problems.append(
@@ -200,10 +223,40 @@ def check_sizes(run: Run) -> list[str]:
     return problems
 
 
+def check_labelled_batches(run: Run) -> list[str]:
+    """What learns from labels alone needs a batch of labelled pictures."""
+    recipe, num_labelled = run.recipe, len(run.labelled_train_N)
+    sections = {f"{role}.training": section.training for role, section in run.teachers.items()}
+    sections["finetuning"] = recipe.finetuning
+    return [
+        problem(
+            f"{name}.batch_size is {settings.batch_size} and the training split holds "
+            f"{num_labelled} labelled samples",
+            expected="at least one batch",
+            mend=f"Lower {name}.batch_size or give more labels.",
+        )
+        for name, settings in sections.items()
+        if settings is not None and settings.batch_size > num_labelled
+    ]
+
+
 def check_networks(run: Run) -> list[str]:
     """Both networks can be built for this data, and the teacher's weights fit it."""
+    from understudy.recipes.check_teaching import check_teaching
+    from understudy.recipes.exit_training import check_early_exits
     from understudy.recipes.networks import build_model
     from understudy.recipes.teach import load_teacher
 
-    problems = problems_of(lambda: build_model(run, run.recipe.student.model, "student"))
-    return problems + problems_of(lambda: load_teacher(run))
+    problems = problems_of(lambda: build_model(run, "student"))
+    for role in run.peers:
+        problems += problems_of(lambda role=role: build_model(run, role))  # type: ignore[misc]
+    for role, teacher in run.teachers.items():
+        if teacher.has_weights and not run.steps:  # else an earlier step of the chain trains it
+            found = problems_of(lambda role=role: load_teacher(run, role))  # type: ignore[misc]
+        else:
+            found = problems_of(lambda role=role: build_model(run, role))  # type: ignore[misc]
+        several = f"{teacher_place(role)}: " if len(run.teachers) > 1 else ""
+        problems += [several + text for text in found]
+    if problems or run.recipe.strategy.is_chain:  # whose steps are checked one by one
+        return problems
+    return check_teaching(run) or check_early_exits(run)

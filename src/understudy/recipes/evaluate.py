@@ -16,6 +16,7 @@ from understudy.artifacts import Record, atomic_path
 from understudy.evaluate.accuracy import evaluate_logits, predict_logits
 from understudy.models.cost import model_cost
 from understudy.progress import shown_progress
+from understudy.recipes.members import as_teacher, is_ensemble
 from understudy.recipes.networks import trained_model
 from understudy.recipes.run import Run
 
@@ -26,9 +27,13 @@ NUM_MISTAKES = 24
 
 def evaluate(run: Run) -> Record:
     """Evaluate every trained network on validation and test, and count what it costs."""
-    roles = ("teacher", "student", "control") if run.recipe.control else ("teacher", "student")
-    records = {role: run.parent(role, "teach" if role == "teacher" else "train") for role in roles}
-    section = run.recipe.section("teacher", "student")
+    roles = evaluated_roles(run)
+    taught_first = list(run.teachers) if run.teaches_first else []
+    networks = [*run.teachers, *(role for role in roles if role != "teacher")]
+    records = {
+        role: run.parent(role, "teach" if role in taught_first else "train") for role in networks
+    }
+    section = run.recipe.section("teacher", "student", "strategy")
     parents = {role: record.hash for role, record in records.items()}
     stage = run.begin("evaluation", section=section, parents=parents)
     if stage.record is not None:
@@ -45,18 +50,28 @@ def evaluate(run: Run) -> Record:
                 )
                 for name in SPLITS
             }
+    members: list[dict[str, Any]] = []
+    if is_ensemble(run):
+        members, logits, costs = as_teacher(run, logits, costs, splits=SPLITS)
     metrics = {
         role: {name: metrics_of(run, logits, role, name) for name in SPLITS} for role in roles
     }
     with atomic_path(stage.folder / LOGITS_NAME) as temporary:
-        save_file({f"{r}.{n}": logits[r][n] for r in roles for n in SPLITS}, temporary)
+        save_file({f"{r}.{n}": logits[r][n] for r in logits for n in SPLITS}, temporary)
     payload = {
         "metrics": metrics,
         "costs": costs,
+        "members": members,
         "mistakes": mistakes(run, {role: logits[role]["test"] for role in roles}),
         "paired": paired_counts(run, logits) if run.recipe.control else None,
     }
     return stage.finish(payload, files=[LOGITS_NAME])
+
+
+def evaluated_roles(run: Run) -> list[str]:
+    """Return which networks a run has, in the order of reports."""
+    roles = {"teacher": bool(run.teachers), "student": True, "control": run.recipe.control}
+    return [role for role, there in roles.items() if there]
 
 
 def metrics_of(
@@ -67,7 +82,9 @@ def metrics_of(
         logits[role][name],
         run.source.labels_N[getattr(run.splits, name)],
         class_names=run.source.class_names,
-        teacher_logits_NK=None if role == "teacher" else logits["teacher"][name],
+        teacher_logits_NK=logits["teacher"][name]
+        if role != "teacher" and "teacher" in logits
+        else None,
     ).to_json()
 
 
@@ -98,7 +115,7 @@ def mistakes(run: Run, logits: dict[str, Tensor]) -> list[dict[str, Any]]:
                 "index": index,
                 "true_class": int(labels_N[position]),
                 "student_class": answers["student"],
-                "teacher_class": answers["teacher"],
+                "teacher_class": answers.get("teacher"),
                 "control_class": answers.get("control"),
                 "student_confidence": float(confidence_N[position]),
                 "png_base64": png_base64(run.source.images(torch.tensor([index]))[0]),

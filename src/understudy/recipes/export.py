@@ -39,7 +39,7 @@ def export(run: Run) -> Record:
         image_shape=source.image_shape,
         class_names=source.class_names,
         opset=options.opset,
-        metadata={"recipe_hash": content_hash(run.recipe.model_dump(mode="json"))},
+        metadata={"recipe_hash": content_hash(run.asked.model_dump(mode="json"))},
     )
     test_N = run.splits.test
     parity = check_parity(

@@ -14,7 +14,7 @@ from understudy.models.build import NormalizedModel, build_network
 from understudy.models.load import class_order
 from understudy.models.onnx_model import OnnxModel
 from understudy.recipes.run import Run
-from understudy.recipes.schema import ModelSection
+from understudy.recipes.sections import ModelSection
 from understudy.runtime import derive_seed
 
 WEIGHTS_NAME = "model.safetensors"
@@ -34,13 +34,24 @@ def channel_statistics(run: Run) -> tuple[list[float], list[float]]:
     return mean.tolist(), deviation.tolist()
 
 
-def build_model(run: Run, section: ModelSection, role: str) -> NormalizedModel:
+def model_section(run: Run, role: str) -> ModelSection:
+    """Return what the recipe says of the network of a role."""
+    if role in ("student", "control"):
+        return run.recipe.student.model
+    if role in run.peers:
+        return run.peers[role]
+    return run.teachers[role].model
+
+
+def build_model(run: Run, role: str) -> NormalizedModel:
     """Return a new network with normalisation inside, initialised from the seed of its role.
 
     Student and control have the same first weights: they differ in the teacher only.
     """
-    lineage = "teacher" if role == "teacher" else "student"
-    torch.manual_seed(derive_seed(run.recipe.seed, "weights", lineage))
+    section = model_section(run, role)
+    lineage = "student" if role == "control" else role
+    own_seed = derive_seed(run.recipe.seed, "weights", lineage)
+    torch.manual_seed(run.seed_for("weights", lineage) if lineage == "student" else own_seed)
     num_classes, image_shape = len(run.source.class_names), run.source.image_shape
     network: nn.Module
     if is_onnx(section):
@@ -61,18 +72,18 @@ def build_model(run: Run, section: ModelSection, role: str) -> NormalizedModel:
         mean, std = channel_statistics(run)
     order = None
     color_order: Literal["rgb", "bgr"] = "rgb"
-    if role == "teacher":
-        color_order = run.recipe.teacher.color_order
-        if run.recipe.teacher.class_names is not None:
-            order = class_order(run.recipe.teacher.class_names, run.source.class_names)
+    if role in run.teachers:
+        teacher = run.teachers[role]
+        color_order = teacher.color_order
+        if teacher.class_names is not None:
+            order = class_order(teacher.class_names, run.source.class_names)
     return NormalizedModel(network, mean=mean, std=std, color_order=color_order, output_order=order)
 
 
 def trained_model(run: Run, role: str, record: Record) -> NormalizedModel:
     """Return teacher, student or control with the weights of its record, in eval mode."""
-    section = run.recipe.teacher.model if role == "teacher" else run.recipe.student.model
-    model = build_model(run, section, role)
-    if not is_onnx(section):
+    model = build_model(run, role)
+    if not is_onnx(model_section(run, role)):
         model.load_state_dict(load_file(run.folder / record.kind / WEIGHTS_NAME))
     return model.eval()
 

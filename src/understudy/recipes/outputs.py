@@ -1,62 +1,142 @@
-"""The stored outputs of a run's teacher: where they are, and the teacher that answers from them."""
+"""The stored outputs of a run's teachers: where they are, and the source that answers from them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from understudy.artifacts import Record, content_hash, file_hash
-from understudy.recipes.networks import WEIGHTS_NAME
+from understudy.data.batches import Batch
+from understudy.models.taps import Tap, kind_shape, tap_shapes
+from understudy.recipes.networks import WEIGHTS_NAME, trained_model
 from understudy.recipes.run import Run
+from understudy.recipes.strategies import Ensemble
+from understudy.teachers.ensemble import EnsembleTeacher
 from understudy.teachers.entry_files import SEAL_NAME
-from understudy.teachers.label import StoredTeacher, view_keys
+from understudy.teachers.label import view_keys
+from understudy.teachers.outputs import TeacherOutputs
 from understudy.teachers.store import Entry, OutputStore
+from understudy.teachers.stored import StoredTeacher
+from understudy.train.feed import TeacherSource
 from understudy.train.objective import value_at
+from understudy.train.terms import teacher_taps
 
 
-def open_entries(run: Run) -> list[Entry]:
-    """Return the store's entry of every view, made empty where it is not there yet."""
+def teacher_features(run: Run, role: str) -> list[Tap]:
+    """Return the layers of one teacher that the losses look at, named as in its own network.
+
+    With several teachers a layer is named with its member before it: ``2/layer3``.
+    """
+    taps = teacher_taps(run.recipe.distillation)
+    if len(run.teachers) == 1:
+        return taps
+    prefix = f"{list(run.teachers).index(role) + 1}/"
+    return [Tap(t.name.removeprefix(prefix), t.kind) for t in taps if t.name.startswith(prefix)]
+
+
+def open_entries(run: Run, role: str, *, with_features: bool = True) -> list[Entry]:
+    """Return the store's entries of one teacher, made empty where they are not there yet.
+
+    For every view its logits and the features that the losses look at.
+    """
     labelling = run.recipe.labelling
     store = OutputStore(run.home / "outputs")
-    keys = view_keys(
-        run.source,
-        run.views,
-        teacher=teacher_identity(run, run.parent("teacher", "teach")),
-        num_views=run.recipe.views.num_views,
-        precision="float32" if labelling.precision == "auto" else labelling.precision,
-    )
-    return [
+    common: dict[str, Any] = {
+        "teacher": teacher_identity(run, role, run.parent(role, "teach")),
+        "num_views": run.recipe.views.num_views,
+        "precision": "float32" if labelling.precision == "auto" else labelling.precision,
+    }
+    entries = [
         store.entry(
             key,
             sample_indices_N=run.splits.train,
             num_classes=len(run.source.class_names),
             top_k=labelling.top_k,
         )
-        for key in keys
+        for key in view_keys(run.source, run.views, **common)
+    ]
+    taps = teacher_features(run, role) if with_features else []
+    shapes = feature_shapes(run, role, taps) if taps else {}
+    return entries + [
+        store.feature_entry(key, sample_indices_N=run.splits.train, row_shape=shapes[key.output])
+        for tap in taps
+        for key in view_keys(run.source, run.views, **common, output=tap.key)
     ]
 
 
+def feature_shapes(run: Run, role: str, taps: list[Tap]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of one sample's features for every tap, by its key."""
+    model = trained_model(run, role, run.parent(role, "teach"))
+    shapes = tap_shapes(model, run.source.image_shape)
+    return {tap.key: kind_shape(shapes[tap.name], tap.kind) for tap in taps}
+
+
 def stored_hashes(run: Run) -> dict[str, str]:
-    """Return the hash of the outputs of every view that is complete.
+    """Return the hash of every entry that is complete.
 
     They are part of the record, so a student is trained again when its teacher's outputs change.
     """
-    entries = open_entries(run)
+    entries = [entry for role in run.teachers for entry in open_entries(run, role)]
     return {e.entry_id: file_hash(e.path / SEAL_NAME) for e in entries if e.complete}
 
 
 def run_entry_ids(run: Run) -> list[str]:
-    """Return the names of this run's entries."""
-    return [entry.entry_id for entry in open_entries(run)]
+    """Return the names of this run's entries; a run that stores nothing has none."""
+    if not run.teaches_first:
+        return []
+    return [entry.entry_id for role in run.teachers for entry in open_entries(run, role)]
 
 
-def stored_teacher(run: Run) -> StoredTeacher:
-    """Return the teacher that answers from the store."""
-    return StoredTeacher(open_entries(run), run.splits.train)
+def stored_teacher(run: Run) -> TeacherSource:
+    """Return the teacher, or the several as one, that answers from the store."""
+    return as_one(
+        run, [StoredTeacher(open_entries(run, role), run.splits.train) for role in run.teachers]
+    )
 
 
-def teacher_identity(run: Run, record: Record) -> str:
-    """Return the hash of everything that decides the teacher's outputs."""
-    section: dict[str, Any] = run.recipe.teacher.model_dump(
+def as_one(run: Run, members: Sequence[TeacherSource]) -> TeacherSource:
+    """Return the only teacher, or an ensemble's as the strategy combines them."""
+    strategy = run.recipe.strategy
+    if not isinstance(strategy, Ensemble):
+        return members[0]
+    return EnsembleTeacher(
+        members,
+        combine=strategy.combine,
+        validation_accuracies=[validation_accuracy(run, role) for role in run.teachers],
+        temperature=value_at(run.recipe.distillation.temperature, 0.5),
+    )
+
+
+def stored_outputs(run: Run, indices_N: Tensor, *, view: int) -> TeacherOutputs:
+    """Return the logits that are stored of these samples of the training split in one view.
+
+    Features are left out: those of all samples at once may not fit into memory.
+    """
+    no_images_NCHW = run.source.images(indices_N[:0])
+    batch = Batch(indices_N, no_images_NCHW, run.source.labels_N[indices_N])
+    members = [
+        StoredTeacher(open_entries(run, role, with_features=False), run.splits.train)
+        for role in run.teachers
+    ]
+    return as_one(run, members).outputs(batch, view=view)
+
+
+def validation_accuracy(run: Run, role: str) -> float:
+    """Return what a teacher was found to reach on the validation split, in [0, 1]."""
+    payload = run.parent(role, "teach").payload
+    if "rows" not in payload:
+        return float(payload["validation_accuracy"])
+    accuracies = [row.get("validation_accuracy", 0.0) for row in payload["rows"]]
+    training = run.teachers[role].training
+    is_best = training is not None and training.keep == "best"
+    return float(max(accuracies) if is_best else accuracies[-1])
+
+
+def teacher_identity(run: Run, role: str, record: Record) -> str:
+    """Return the hash of everything that decides a teacher's outputs."""
+    section: dict[str, Any] = run.teachers[role].model_dump(
         mode="json", include={"model", "color_order", "class_names"}
     )
     weights = record.files.get(WEIGHTS_NAME) or record.parents["weights"]
@@ -70,5 +150,5 @@ def mean_confidence(run: Run) -> float:
     say little more than the labels do.
     """
     temperature = value_at(run.recipe.distillation.temperature, 0.5)
-    outputs_NK = stored_teacher(run).outputs(run.splits.train, view=0)
-    return float((outputs_NK / temperature).softmax(dim=1).amax(dim=1).mean())
+    logits_NK = stored_outputs(run, run.splits.train, view=0).logits_NK
+    return float((logits_NK / temperature).softmax(dim=1).amax(dim=1).mean())

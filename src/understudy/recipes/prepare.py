@@ -25,6 +25,7 @@ def split(run: Run) -> Record:
         save_file({name: indices.contiguous() for name, indices in parts.items()}, temporary)
     source = run.source
     num_classes = len(source.class_names)
+    labels = {name: source.labels_N[indices] for name, indices in parts.items()}
     payload = {
         "source": run.recipe.data.source,
         "fingerprint": source.fingerprint,
@@ -32,9 +33,10 @@ def split(run: Run) -> Record:
         "class_names": list(source.class_names),
         "num_samples": {name: len(indices) for name, indices in parts.items()},
         "class_counts": {
-            name: torch.bincount(source.labels_N[indices], minlength=num_classes).tolist()
-            for name, indices in parts.items()
+            name: torch.bincount(labels_N[labels_N >= 0], minlength=num_classes).tolist()
+            for name, labels_N in labels.items()
         },
+        "num_unlabelled": int((source.labels_N < 0).sum()),
         "issues": [asdict(issue) for issue in source.issues],
     }
     return stage.finish(payload, files=[SPLITS_NAME])

@@ -18,19 +18,23 @@ from pydantic_core import PydanticUndefined
 from understudy.data.view_spec import TRANSFORM_PARAMETERS
 from understudy.models.catalog import CATALOG, PREFIXES
 from understudy.recipes.schema import Recipe
+from understudy.recipes.strategies import STRATEGIES
 from understudy.report.checks import checks_table
+from understudy.train.loss_table import LOSSES
+from understudy.train.settings import Schedule
 
 HEAD = """# Recipe reference
 
-A recipe is one YAML file. Everything has a default except `teacher` and `student`. On the command
-line any value is changed with `--set path.to.key=value`. This page is written from the code by
-`python -m understudy.recipes.reference`.
+A recipe is one YAML file. Everything has a default except `student`, and `teacher` where the
+strategy has one. On the command line any value is changed with `--set path.to.key=value`. This page
+is written from the code by `python -m understudy.recipes.reference`.
 """
 
 
 def recipe_reference() -> str:
     """Return the whole page as Markdown."""
-    parts = [HEAD, *section_tables(Recipe, "", {}), transforms(), networks(), checks()]
+    sections = section_tables(Recipe, "", {})
+    parts = [HEAD, *sections, losses(), transforms(), networks(), checks()]
     return "\n".join(parts)
 
 
@@ -42,6 +46,10 @@ def section_tables(
     A section that stands in two places is written out once and referred to from the other.
     """
     title = f"`{path}`" if path else "Top level"
+    if section in STRATEGIES.values():
+        title += f" with `name: {section.model_fields['name'].default}`"
+    if section is Schedule and section in seen:
+        return []
     if section in seen:
         return [f"## {title}\n\nThe same keys as `{seen[section]}`.\n"]
     seen[section] = path
@@ -97,13 +105,13 @@ def type_text(annotation: Any) -> str:
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(type_text(part) for part in arguments)
+        return " or ".join(dict.fromkeys(type_text(part) for part in arguments))
     if origin is tuple:
         return f"list of {type_text(arguments[0])}"
     if origin is dict:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "section"
+        return "schedule" if annotation is Schedule else "section"
     names = {int: "whole number", float: "number", str: "text", bool: "true or false"}
     return "null" if annotation is type(None) else names.get(annotation, "path")
 
@@ -125,6 +133,25 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in models_in(part)]
+
+
+def losses() -> str:
+    """Return the table of losses that `distillation.losses` may name."""
+    lines = [
+        "## Losses\n",
+        "For `distillation.losses`, besides `kl_weight` and `ce_weight`. A loss on features reads "
+        "the layers that `layers` names; without any, the embeddings.\n",
+        "| loss | reads | weight | adapter | arguments |",
+        "|---|---|---|---|---|",
+    ]
+    for name, facts in LOSSES.items():
+        arguments = ", ".join(
+            f"`{key}`: {'the temperature' if value is None else f'{value:g}'}"
+            for key, value in facts.arguments.items()
+        )
+        adapter = "where widths differ" if facts.equal_widths else "none"
+        lines.append(f"| `{name}` | {facts.reads} | {facts.weight:g} | {adapter} | {arguments} |")
+    return "\n".join(lines) + "\n"
 
 
 def transforms() -> str:

@@ -10,12 +10,29 @@ from typing import Any
 from understudy.artifacts import Record, content_hash
 from understudy.errors import InputError, problem
 from understudy.evaluate.budget import BudgetFacts, check_budget
+from understudy.recipes.chain import chain_stages, earlier_seconds, lineage
+from understudy.recipes.exit_report import exit_values
+from understudy.recipes.members import is_ensemble, teacher_name
+from understudy.recipes.networks import model_section
+from understudy.recipes.peers import roles_beside, trains_teacher
 from understudy.recipes.run import Run
 from understudy.report.render import write_report
 from understudy.report.results import RunResults
 
 COST_FIELDS = ("num_params", "macs", "weight_bytes", "peak_activation_bytes")
-STAGES = ("split", "teacher", "labels", "student", "control", "evaluation", "export")
+# Stage, in order of work: the command that makes it.
+COMMANDS = {
+    "split": "teach",
+    "teacher": "teach",
+    "labels": "label",
+    "student-untuned": "train",
+    "student": "train",
+    "control-untuned": "train",
+    "control": "train",
+    "evaluation": "evaluate",
+    "export": "export",
+    "exits": "exits",
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +60,8 @@ def report(run: Run) -> Outcome:
 
 def gather_results(run: Run) -> RunResults:
     """Return everything the report says, from the records of the stages before."""
-    commands = {"split": "teach", "teacher": "teach", "labels": "label", "student": "train"}
-    commands |= {"control": "train", "evaluation": "evaluate", "export": "export"}
-    kinds = [kind for kind in STAGES if kind != "control" or run.recipe.control]
-    records = {kind: run.parent(kind, commands[kind]) for kind in kinds}
-    check_lineage(run, records, commands)
+    records = {kind: run.parent(kind, command_of(run, kind)) for kind in stages_of(run)}
+    check_lineage(run, records)
     roles = [role for role in ("teacher", "student", "control") if role in records]
     evaluation, exported = records["evaluation"].payload, records["export"]
     hours: dict[str, float] = {
@@ -55,9 +69,15 @@ def gather_results(run: Run) -> RunResults:
         for role in roles
         if "train_seconds" in records[role].timing
     }
+    hours["student"] += earlier_seconds(run) / 3600
+    curves = {r: records[r].timing["rows"] for r in roles if "rows" in records[r].timing}
+    if is_ensemble(run):  # whose teachers are trained one after the other, each with a curve
+        curves.pop("teacher", None)
+        seconds = [records[role].timing.get("train_seconds", 0.0) for role in run.teachers]
+        hours |= {"teacher": sum(seconds) / 3600} if any(seconds) else {}
     latency, memory = exported.timing["latency"], exported.timing["memory"]
     split, student = records["split"].payload, records["student"]
-    recipe = run.recipe.model_dump(mode="json")
+    recipe = run.asked.model_dump(mode="json")
     values = {
         "run_name": run.recipe.name,
         "created": records["evaluation"].created,
@@ -69,14 +89,15 @@ def gather_results(run: Run) -> RunResults:
         "data": {**split, "num_skipped": num_skipped(split)},
         "models": {role: model_facts(run, role, evaluation, exported) for role in roles},
         "metrics": evaluation["metrics"],
-        "curves": {r: records[r].timing["rows"] for r in roles if "rows" in records[r].timing},
+        "curves": curves,
         "parity": exported.payload["parity"],
         "measurements": latency["measurements"],
         "peak_memory_bytes": memory["peak_memory_bytes"],
         "baseline_memory_bytes": memory["baseline_memory_bytes"],
         "budget": budget_rows(run, records, hours),
         "mistakes": evaluation["mistakes"],
-        "stages": [
+        "stages": chain_stages(run)
+        + [
             {
                 "name": kind,
                 "seconds": record.timing.get("stage_seconds", 0.0),
@@ -87,11 +108,39 @@ def gather_results(run: Run) -> RunResults:
         "training_hours": hours,
         "student_vs_control": evaluation["paired"],
         "teacher_confidence": student.payload["teacher_confidence"],
+        "lineage": lineage(run),
+        "members": evaluation["members"],
+        "exits": exit_values(records["exits"]) if "exits" in records else None,
+        "beside": [row for row in student.payload.get("beside", []) if row["name"] not in roles],
     }
     return RunResults.from_values(values)
 
 
-def check_lineage(run: Run, records: Mapping[str, Record], commands: Mapping[str, str]) -> None:
+def stages_of(run: Run) -> list[str]:
+    """Return the stages that the run's recipe asks for."""
+    is_tuned = run.recipe.finetuning is not None
+    there = {
+        "teacher": bool(run.teachers),
+        "labels": run.stores_outputs,
+        "student-untuned": is_tuned,
+        "control-untuned": is_tuned and run.recipe.control,
+        "control": run.recipe.control,
+        "exits": run.recipe.exits is not None,
+    }
+    kinds = [kind for kind in COMMANDS if there.get(kind, True)]
+    # An ensemble's further teachers are stages beside the first.
+    further, place = list(run.teachers)[1:], kinds.index("split") + 2
+    return [*kinds[:place], *further, *kinds[place:]]
+
+
+def command_of(run: Run, kind: str) -> str:
+    """Return the command that makes a stage's record."""
+    if kind == "teacher" and trains_teacher(run):
+        return "train"
+    return "teach" if kind in run.teachers else COMMANDS[kind]
+
+
+def check_lineage(run: Run, records: Mapping[str, Record]) -> None:
     """Refuse records of which one was made from an earlier state of another."""
     stale = [
         (kind, parent)
@@ -105,7 +154,7 @@ def check_lineage(run: Run, records: Mapping[str, Record], commands: Mapping[str
                 problem(
                     f"{run.folder}: the {kind} was made from an earlier {parent}",
                     expected="records that belong together",
-                    mend=f"Run `understudy {commands[kind]} {run.folder}`, "
+                    mend=f"Run `understudy {command_of(run, kind)} {run.folder}`, "
                     "or `understudy distill` for all stages.",
                 )
                 for kind, parent in stale
@@ -122,11 +171,11 @@ def model_facts(
     run: Run, role: str, evaluation: dict[str, Any], exported: Record
 ) -> dict[str, Any]:
     """Return name and costs of one network; only the student has an exported file."""
-    section = run.recipe.teacher.model if role == "teacher" else run.recipe.student.model
+    name = teacher_name(run) if role == "teacher" else model_section(run, role).name
     cost = evaluation["costs"][role] or {}
     facts = {name: cost.get(name) for name in COST_FIELDS}
     file_bytes = exported.payload["facts"]["size_bytes"] if role == "student" else None
-    return {"name": section.name, **facts, "file_bytes": file_bytes}
+    return {"name": name, **facts, "file_bytes": file_bytes}
 
 
 def budget_rows(
@@ -141,4 +190,10 @@ def budget_rows(
         peak_memory_bytes=exported.timing["memory"]["peak_memory_bytes"],
         train_hours=hours["student"],
     )
-    return [row.to_json() for row in check_budget(run.recipe.budget, facts=facts)]
+    rows = [row.to_json() for row in check_budget(run.recipe.budget, facts=facts)]
+    for row in rows:
+        if row["name"] == "train_hours" and run.derived_from is not None:
+            row["detail"] += ", all steps of the chain together"
+        if row["name"] == "train_hours" and roles_beside(run):
+            row["detail"] += ", with what was trained beside it"
+    return rows

@@ -6,10 +6,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from understudy.artifacts import (
     RECORD_NAME,
@@ -20,11 +23,19 @@ from understudy.artifacts import (
     write_text,
 )
 from understudy.data.sources import ImageSource, load_data
-from understudy.data.splits import Splits, assign_splits
+from understudy.data.splits import Splits, assign_splits, fewer_training_samples
+from understudy.data.unlabelled import (
+    hidden_labels,
+    hide_labels,
+    join_unlabelled,
+    load_unlabelled,
+)
 from understudy.data.views import Views
 from understudy.errors import InputError, problem
 from understudy.progress import log
 from understudy.recipes.schema import Recipe
+from understudy.recipes.sections import ModelSection, TeacherSection
+from understudy.recipes.strategies import Ensemble, Mutual
 from understudy.runtime import derive_seed
 
 KEY_NAME = "key"
@@ -50,16 +61,55 @@ class Run:
         folder: one folder a stage below it; nothing else is needed to continue or to report.
         home: decoded pictures and teacher outputs, shared by runs.
         reused: the stages that this process found finished.
+        step: its name, where it is a step of a chain and not the whole run.
+        steps: the steps of a chain before this one; the last of them trains this one's teacher.
+        derived_from: what the user wrote, where the recipe was made from that; else None.
     """
 
     recipe: Recipe
     folder: Path
     home: Path
     reused: set[str] = field(default_factory=set)
+    step: str = ""
+    steps: tuple[Run, ...] = ()
+    derived_from: Recipe | None = None
+
+    @property
+    def asked(self) -> Recipe:
+        """The recipe as the user wrote it."""
+        return self.derived_from or self.recipe
+
+    def seed_for(self, *purpose: str) -> int:
+        """Return a seed for one purpose, in every step of a chain another one."""
+        return derive_seed(self.recipe.seed, *purpose, *([self.step] if self.step else []))
 
     @cached_property
     def source(self) -> ImageSource:
-        """The pictures, loaded once."""
+        """The pictures, loaded once; training pictures without a label come last or have -1."""
+        data, source = self.recipe.data, self.labelled_source
+        if data.unlabelled is not None:
+            more = load_unlabelled(
+                data.unlabelled,
+                image_column=data.image_column,
+                image_size=data.image_size,
+                on_bad=data.on_bad,
+                memory_limit_bytes=data.memory_limit_bytes,
+                cache=self.home / "data",
+            )
+            source = join_unlabelled(source, more)
+        if data.labelled_fraction < 1:
+            hidden_N = hidden_labels(
+                source,
+                self.labelled_splits.train,
+                fraction=data.labelled_fraction,
+                seed=self.split_seed,
+            )
+            source = hide_labels(source, hidden_N)
+        return source
+
+    @cached_property
+    def labelled_source(self) -> ImageSource:
+        """The pictures of ``data.source`` with all of their labels."""
         data = self.recipe.data
         return load_data(
             data.source,
@@ -74,31 +124,86 @@ class Run:
             cache=self.home / "data",
         )
 
+    @property
+    def split_seed(self) -> int:
+        """The seed of the splits."""
+        given = self.recipe.data.split_seed
+        return self.recipe.seed if given is None else given
+
     @cached_property
     def splits(self) -> Splits:
-        """Which sample is for what: a function of the samples' identity and the seed."""
-        data = self.recipe.data
-        return assign_splits(
-            self.source.sample_ids,
-            self.source.given_splits,
+        """Which sample is for what; what has no label from the start is for training."""
+        found = self.labelled_splits
+        more_N = torch.arange(self.labelled_source.num_samples, self.source.num_samples)
+        return replace(found, train=torch.cat([found.train, more_N])) if len(more_N) else found
+
+    @property
+    def labelled_train_N(self) -> Tensor:  # noqa: N802
+        """The samples of the training split that have a label."""
+        train_N = self.splits.train
+        return train_N[self.source.labels_N[train_N] >= 0]
+
+    @cached_property
+    def labelled_splits(self) -> Splits:
+        """The splits of ``data.source``: a function of the samples' identity and the seed."""
+        data, source = self.recipe.data, self.labelled_source
+        found = assign_splits(
+            source.sample_ids,
+            source.given_splits,
             fractions={
                 "validation": data.validation_fraction,
                 "calibration": data.calibration_fraction,
                 "test": data.test_fraction,
             },
-            seed=self.recipe.seed,
-            labels_N=self.source.labels_N,
-            class_names=self.source.class_names,
+            seed=self.split_seed,
+            labels_N=source.labels_N,
+            class_names=source.class_names,
         )
+        return fewer_training_samples(found, data.num_train_samples, seed=self.split_seed)
 
     @cached_property
     def views(self) -> Views:
         """The replayable views of the training split."""
+        seed = self.recipe.views.seed
         return Views(
             self.transforms,
-            seed=derive_seed(self.recipe.seed, "views"),
+            seed=derive_seed(self.recipe.seed if seed is None else seed, "views"),
             partner_pool=self.splits.train,
         )
+
+    @property
+    def teachers(self) -> dict[str, TeacherSection]:
+        """The teachers by role: "teacher", and those of an ensemble after it "teacher-2" and so on.
+
+        Empty where the strategy has none.
+        """
+        first, strategy = self.recipe.teacher, self.recipe.strategy
+        sections = [] if first is None else [first]
+        if isinstance(strategy, Ensemble):
+            sections += strategy.teachers
+        return {
+            "teacher" if number == 1 else f"teacher-{number}": section
+            for number, section in enumerate(sections, start=1)
+        }
+
+    @property
+    def peers(self) -> dict[str, ModelSection]:
+        """The networks that learn with the student by role, "peer-1" and so on; mostly none."""
+        strategy = self.recipe.strategy
+        if not isinstance(strategy, Mutual):
+            return {}
+        sections = strategy.peers or (self.recipe.student.model,)
+        return {f"peer-{number}": section for number, section in enumerate(sections, start=1)}
+
+    @property
+    def stores_outputs(self) -> bool:
+        """Whether the student learns from stored outputs."""
+        return self.teaches_first and not self.recipe.labelling.live
+
+    @property
+    def teaches_first(self) -> bool:
+        """Whether there is a teacher that knows the task before the student starts."""
+        return bool(self.teachers) and self.recipe.strategy.stored
 
     @property
     def transforms(self) -> list[dict[str, dict[str, Any]]]:
@@ -107,19 +212,19 @@ class Run:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave loaded data out when a run is sent to another process, which loads its own."""
-        return {name: vars(self)[name] for name in ("recipe", "folder", "home", "reused")}
+        return {name: vars(self)[name] for name in ("recipe", "folder", "home", "reused", "step")}
 
     # Stages
 
     def parent(self, kind: str, command: str) -> Record:
         """Return the record of an earlier stage, or say which command makes it."""
-        folder = self.folder / kind
+        folder, whole = self.folder / kind, self.folder.parents[1] if self.step else self.folder
         if not (folder / RECORD_NAME).exists():
             raise InputError(
                 problem(
                     f"{self.folder} has no record of its {kind}",
                     expected="the stage before to be finished",
-                    mend=f"Run `understudy {command} {self.folder}`, or `understudy distill` "
+                    mend=f"Run `understudy {command} {whole}`, or `understudy distill` "
                     "for all stages.",
                 )
             )
@@ -129,7 +234,7 @@ class Run:
                 problem(
                     f"{folder} holds changed or missing files: {', '.join(damaged)}",
                     expected="the files as their record describes them",
-                    mend=f"Run `understudy {command} {self.folder}` to make them again.",
+                    mend=f"Run `understudy {command} {whole}` to make them again.",
                 )
             )
         return record
@@ -149,11 +254,12 @@ class Run:
         besides the files in its folder is still so.
         """
         key, folder = stage_key(kind, section, parents), self.folder / kind
+        title = f"{self.step}/{kind}" if self.step else kind
         stage = Stage(kind, folder, key, self.recipe.seed, dict(section), dict(parents))
         record = reusable_record(folder, key)
         if record is not None and holds(record):
             stage.record = record
-            log.info("%s: unchanged, reused", kind)
+            log.info("%s: unchanged, reused", title)
             self.reused.add(kind)
             return stage
         key_file = folder / KEY_NAME
@@ -161,7 +267,7 @@ class Run:
             shutil.rmtree(folder)
         (folder / RECORD_NAME).unlink(missing_ok=True)
         write_text(key_file, key)
-        log.info("%s: started", kind)
+        log.info("%s: started", title)
         return stage
 
 

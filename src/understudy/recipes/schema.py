@@ -5,156 +5,20 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from understudy.errors import RecipeError, problem
 from understudy.evaluate.budget import Budget
+from understudy.recipes.exit_settings import ExitsSection
+from understudy.recipes.head_settings import HeadSettings, TaskName
+from understudy.recipes.rank_settings import CandidateName, ProbeSection
+from understudy.recipes.sections import DataSection, StudentSection, TeacherSection, ViewsSection
+from understudy.recipes.strategies import STRATEGIES, Offline, Strategy, label_users
 from understudy.settings import Section
-from understudy.train.settings import DistillSettings, TrainSettings
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class DataSection(Section):
-    """Where the pictures come from and how they are split."""
-
-    source: Annotated[
-        str,
-        Field(
-            description="`digits`, a Parquet or Arrow file or a folder of them, an image folder, "
-            "or the name of a data set on the Hugging Face hub."
-        ),
-    ] = "digits"
-    splits: Annotated[
-        dict[Literal["train", "validation", "test"], str] | None,
-        Field(description="The source's own names of its parts; null: recognised by name."),
-    ] = None
-    image_column: Annotated[str | None, Field(description="null: found by its type.")] = None
-    label_column: Annotated[str | None, Field(description="null: found by type and name.")] = None
-    image_size: Annotated[
-        tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None,
-        Field(description="Height and width that pictures are resized to; null: all are alike."),
-    ] = None
-    validation_fraction: Annotated[
-        Fraction, Field(gt=0, description="Part of the training rows, unless the source has some.")
-    ] = 0.1
-    calibration_fraction: Annotated[
-        Fraction, Field(description="Part of the training rows kept for calibration.")
-    ] = 0.0
-    test_fraction: Annotated[
-        Fraction, Field(gt=0, description="Used only where the source has no test rows.")
-    ] = 0.2
-    on_bad: Annotated[
-        Literal["error", "skip"],
-        Field(description="Bad rows stop the run, or are skipped, counted and listed."),
-    ] = "error"
-    memory_limit_bytes: Annotated[
-        int, Field(gt=0, description="Larger data is streamed from disk.")
-    ] = 4 << 30
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _source_is_given(cls, value: Any) -> Any:
-        if value is None:
-            raise ValueError("the data is yours to give: --set data.source=FOLDER_OR_NAME")
-        return value
-
-
-class Normalization(Section):
-    """Per-channel mean and standard deviation of pictures in [0, 1]."""
-
-    mean: Annotated[tuple[float, ...], Field(min_length=1)]
-    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _equal_lengths(self) -> Normalization:
-        if len(self.mean) != len(self.std):
-            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
-        return self
-
-
-class ModelSection(Section):
-    """A network by name, with the arguments of its family."""
-
-    name: Annotated[
-        str,
-        Field(
-            description="A family (`understudy doctor` lists them), `module:callable`, "
-            "`timm:NAME`, `transformers:NAME_OR_FOLDER`, or a teacher's `.onnx` file."
-        ),
-    ]
-    arguments: Annotated[dict[str, Any], Field(default_factory=dict)]
-    normalization: Annotated[
-        Normalization | None, Field(description="null: mean and deviation of the training split.")
-    ] = None
-
-
-class ViewsSection(Section):
-    """How training pictures are varied. Epoch `e` shows view `e mod num_views`."""
-
-    num_views: Annotated[int, Field(gt=0)] = 10
-    transforms: Annotated[
-        tuple[dict[str, dict[str, Any] | None], ...],
-        Field(description="In this order, each a name with its parameters."),
-    ] = ()
-
-    @property
-    def spec(self) -> list[dict[str, dict[str, Any]]]:
-        """The transforms; one without parameters has an empty mapping."""
-        return [
-            {name: arguments or {} for name, arguments in transform.items()}
-            for transform in self.transforms
-        ]
-
-
-class TeacherSection(Section):
-    """The trained model that is learnt from."""
-
-    model: ModelSection
-    checkpoint: Annotated[
-        Path | None,
-        Field(description="`.safetensors`, `.pt`, `.pth` or `.th`; null: the teacher is trained."),
-    ] = None
-    color_order: Annotated[
-        Literal["rgb", "bgr"], Field(description="Channel order the teacher was trained with.")
-    ] = "rgb"
-    class_names: Annotated[
-        tuple[str, ...] | None,
-        Field(description="Order of the teacher's outputs; null: that of the data."),
-    ] = None
-    training: Annotated[
-        TrainSettings | None, Field(description="How to train a teacher that has no checkpoint.")
-    ] = None
-
-    @model_validator(mode="after")
-    def _weights_come_from_somewhere(self) -> TeacherSection:
-        is_file = self.model.name.endswith(".onnx")
-        has_own_weights = is_file or self.model.name.startswith(("timm:", "transformers:"))
-        if is_file and (self.checkpoint or self.training):
-            raise ValueError("an .onnx teacher holds its weights: drop checkpoint and training")
-        if self.checkpoint is not None and self.training is not None:
-            raise ValueError("give either checkpoint or training, not both")
-        if self.checkpoint is None and self.training is None and not has_own_weights:
-            raise ValueError(
-                "give its weights (--set teacher.checkpoint=FILE), or training to train it"
-            )
-        return self
-
-
-class StudentSection(Section):
-    """The small network that is trained."""
-
-    model: ModelSection
+from understudy.train.distill_settings import DistillSettings
+from understudy.train.settings import TrainSettings
 
 
 class LabellingSection(Section):
@@ -168,6 +32,13 @@ class LabellingSection(Section):
     top_k: Annotated[
         int | None, Field(gt=0, description="Keep the k largest outputs; null: all of them.")
     ] = None
+    live: Annotated[
+        bool,
+        Field(
+            description="Store nothing and run the teacher on every batch: for feature maps that "
+            "are too large to store."
+        ),
+    ] = False
 
 
 class ExportSection(Section):
@@ -205,22 +76,67 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataSection = DataSection()
     views: ViewsSection = ViewsSection()
-    teacher: TeacherSection
+    teacher: Annotated[
+        TeacherSection | None, Field(description="Left out where the strategy has no teacher.")
+    ] = None
     student: StudentSection
     training: TrainSettings = TrainSettings()
     distillation: DistillSettings = DistillSettings()
+    strategy: Annotated[
+        Strategy, Field(description="How knowledge is passed on; one of the sections below.")
+    ] = Offline()
+    finetuning: Annotated[
+        TrainSettings | None,
+        Field(description="Training on labels alone after the student's (and the control's) own."),
+    ] = None
     control: Annotated[
         bool, Field(description="Train the same student without the teacher as well.")
     ] = True
+    heads: Annotated[
+        dict[TaskName, HeadSettings],
+        Field(default_factory=dict, description="Further tasks on the student's embedding."),
+    ]
+    exits: Annotated[
+        ExitsSection | None, Field(description="Early exits of the student; null: none.")
+    ] = None
+    candidates: Annotated[
+        dict[CandidateName, TeacherSection],
+        Field(
+            default_factory=dict,
+            description="Teachers to choose from, for `understudy teachers rank`.",
+        ),
+    ]
+    probe: ProbeSection = ProbeSection()
     labelling: LabellingSection = LabellingSection()
     export: ExportSection = ExportSection()
     measurement: MeasurementSection = MeasurementSection()
     budget: Budget = Budget()
     device: DeviceSection = DeviceSection()
 
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Recipe:
+        problems = list(self.strategy.problems(self.teacher, self.distillation))
+        if not self.data.all_labelled and self.strategy.name != "label_free":
+            problems += [
+                f"{name} needs the label of every training picture: drop it, or data.unlabelled "
+                "and data.labelled_fraction"
+                for name in label_users(self.distillation, uses_none=False)
+            ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
     def section(self, *names: str) -> dict[str, Any]:
         """Return sections as JSON-able values, to key a stage by what it depends on."""
-        values = self.model_dump(mode="json", include=set(names))
+        # Where a checkpoint lies does not matter; what is in it counts by its hash.
+        values = self.model_dump(
+            mode="json",
+            include=set(names),
+            exclude={
+                "teacher": {"checkpoint"},
+                "strategy": {"teachers": {"__all__": {"checkpoint"}}},
+            },
+        )
         return {name: values[name] for name in names}
 
 
@@ -254,19 +170,22 @@ def _sentence(item: Any, origin: str) -> str:
     if item["type"] == "missing":
         return problem(f"{origin}: `{where}` is missing", expected="a value", mend="Add it.")
     message = item["msg"].removeprefix("Value error, ")
+    if not item["loc"]:
+        return f"{origin}: {message}."
     message = re.sub(r"valid dictionary or instance of \w+", "mapping of keys to values", message)
     return f"{origin}: `{where}` is {item['input']!r:.100}: {message}."
 
 
 def _is_union_tag(part: Any) -> bool:
     """Pydantic puts the tried member of a union into the location, which no user wrote."""
-    return part in ("number", "schedule")
+    return part in ("number", "schedule", *STRATEGIES)
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     """Return the keys that the section at ``location`` knows."""
     section: type[BaseModel] = Recipe
     for part in location:
+        section = STRATEGIES.get(part, section)
         field = section.model_fields.get(str(part))
         for candidate in _models_in(field.annotation if field else None):
             section = candidate

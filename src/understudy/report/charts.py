@@ -136,7 +136,10 @@ def term_chart(results: RunResults) -> Chart | None:
         )
         for number, name in enumerate(names)
     ]
-    description = f"Mean of each term of the student's loss: {', '.join(names)}."
+    whose = "the student's loss"
+    if any(name.startswith(("teacher_", "peer")) for name in names):
+        whose += ", and of the losses of what was trained beside it"
+    description = f"Mean of each term of {whose}: {', '.join(names)}."
     return lines_chart("terms", "Loss terms of the student", description, lines, "loss (nats)")
 
 

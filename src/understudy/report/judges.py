@@ -33,6 +33,7 @@ MIN_EPOCHS_FOR_TREND = 12
 TREND_GAIN = 0.005
 SATURATED = 0.99
 WIDE_ERROR = 0.02
+NO_TEACHER: Finding = ("not_applicable", "The recipe has no teacher.")
 
 
 def lacking(role: Role) -> Finding:
@@ -51,7 +52,8 @@ def student_beats_control(results: RunResults) -> Finding:
     if student is None:
         return lacking("student")
     if control is None:
-        return "skipped", "There is no control, so nobody knows what the teacher was worth."
+        text = f"There is no control, so nobody knows what {results.teaching} was worth."
+        return "skipped", text
     difference = accuracy_difference(student, control, paired=results.student_vs_control)
     text = f"{with_margin(difference)} against the control on {count(student.num_samples)} images"
     if difference.is_noise:
@@ -134,6 +136,8 @@ def well_calibrated(results: RunResults) -> Finding:
 def teacher_beats_student(results: RunResults) -> Finding:
     """US006: is the teacher better than the student it teaches?"""
     teacher, student = results.test("teacher"), results.test("student")
+    if not results.has_teacher:
+        return NO_TEACHER
     if teacher is None or student is None:
         return lacking("teacher" if teacher is None else "student")
     difference = accuracy_difference(teacher, student)
@@ -147,6 +151,8 @@ def teacher_beats_student(results: RunResults) -> Finding:
 def teacher_is_strong(results: RunResults) -> Finding:
     """US007: is the teacher well above what guessing gets?"""
     teacher = results.test("teacher")
+    if not results.has_teacher:
+        return NO_TEACHER
     if teacher is None:
         return lacking("teacher")
     counts = [sum(row) for row in teacher.confusion]
@@ -257,6 +263,8 @@ def training_was_finite(results: RunResults) -> Finding:
 def teacher_not_saturated(results: RunResults) -> Finding:
     """US013: do the teacher's soft targets say more than the labels?"""
     confidence = results.teacher_confidence
+    if not results.has_teacher:
+        return NO_TEACHER
     if confidence is None:
         return "skipped", "The teacher's confidence on the training views was not measured."
     text = f"its largest probability is {percent(confidence)} on average over the training views"
@@ -268,7 +276,8 @@ def teacher_not_saturated(results: RunResults) -> Finding:
 def control_exists(results: RunResults) -> Finding:
     """US014: was a control trained?"""
     if results.test("control") is None:
-        return "issue", "No control was trained, so nobody knows what the teacher was worth."
+        text = f"No control was trained, so nobody knows what {results.teaching} was worth."
+        return "issue", text
     return "passed", "A control was trained and evaluated on the same test images."
 
 

@@ -26,6 +26,7 @@ from understudy.artifacts import write_json, write_text
 from understudy.report import formats, tables
 from understudy.report.charts import MAX_TABLE_CLASSES, all_charts
 from understudy.report.checks import Verdict, run_checks
+from understudy.report.exit_curve import EXIT_COLUMNS, exit_charts, exit_rows, exit_sentence
 from understudy.report.results import RESULTS_SCHEMA_VERSION, ROLES, RunResults
 from understudy.report.views import confusion_cells, epoch_table, hardware_facts, tiles
 
@@ -38,6 +39,7 @@ SECTIONS = (
     ("calibration", "Calibration"),
     ("mistakes", "Mistakes"),
     ("export", "Exported file"),
+    ("exits", "Early exits"),
     ("data", "Data"),
     ("provenance", "Provenance"),
 )
@@ -90,8 +92,8 @@ def render_html(results: RunResults, verdicts: Sequence[Verdict]) -> str:
         "script": script,
         "plotly_base64": packed.base64,
         "script_hashes": f"{script_hash(script)} {packed.hash}",
-        "charts": all_charts(results),
-        "sections": SECTIONS,
+        "charts": all_charts(results) | exit_charts(results),
+        "sections": [s for s in SECTIONS if s[0] != "exits" or results.exits is not None],
         "signs": SIGNS,
         "roles": ROLES,
     }
@@ -136,6 +138,9 @@ def shared_context(results: RunResults, verdicts: Sequence[Verdict]) -> dict[str
         or "an unrecorded machine",
         "recipe_yaml": yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True),
         "words": tables.STATUS_WORDS,
+        "exit_columns": EXIT_COLUMNS,
+        "exit_rows": exit_rows(results),
+        "exit_sentence": exit_sentence(results),
     }
 
 

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from understudy.errors import InputError, problem
+from understudy.report.exit_results import ExitFacts
+from understudy.report.strict import Strict
 
 RESULTS_SCHEMA_VERSION = 1
 
@@ -24,12 +26,6 @@ ROLES: tuple[Role, ...] = ("teacher", "student", "control")
 
 PNG_BASE64_START = "iVBORw0KGgo"
 MEND = "Make the results again with this version of understudy."
-
-
-class Strict:
-    """A record that refuses fields it does not know."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,8 @@ class IssueFacts(Strict):
 class DataFacts(Strict):
     """The data of a run. ``image_shape`` is (channels, height, width).
 
-    ``class_counts`` holds, for each split, the number of samples of each class.
+    ``class_counts`` holds, for each split, the number of samples of each class. ``num_unlabelled``
+    of the training samples have no label.
     """
 
     source: str
@@ -57,6 +54,7 @@ class DataFacts(Strict):
     class_counts: dict[str, tuple[int, ...]]
     issues: tuple[IssueFacts, ...] = ()
     num_skipped: int = 0
+    num_unlabelled: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,6 +176,28 @@ class StageFacts(Strict):
 
 
 @dataclass(frozen=True)
+class LineageRow(Strict):
+    """One network of a chain, each taught by the one before it, or one trained beside another."""
+
+    name: str
+    model: str
+    num_params: int | None
+    validation_accuracy: float
+
+
+@dataclass(frozen=True)
+class MemberRow(Strict):
+    """One teacher of an ensemble, by itself."""
+
+    name: str
+    model: str
+    num_params: int | None
+    macs: int | None
+    validation_accuracy: float
+    test_accuracy: float
+
+
+@dataclass(frozen=True)
 class RunResults(Strict):
     """Everything a report says about one run.
 
@@ -193,6 +213,9 @@ class RunResults(Strict):
         student_vs_control: paired counts on the test split, for a sharper comparison.
         teacher_confidence: the teacher's mean largest probability over the training views, at
             the temperature of the loss.
+        lineage: of a chain, from the first teacher to the student; empty otherwise.
+        members: the teachers of an ensemble, of which "teacher" is all together; empty otherwise.
+        beside: peers, or the student's average, that were trained in the same updates.
     """
 
     run_name: str
@@ -216,6 +239,21 @@ class RunResults(Strict):
     training_hours: dict[Role, float] = field(default_factory=dict)
     student_vs_control: PairedCounts | None = None
     teacher_confidence: float | None = None
+    lineage: tuple[LineageRow, ...] = ()
+    members: tuple[MemberRow, ...] = ()
+    beside: tuple[LineageRow, ...] = ()
+
+    @property
+    def teaching(self) -> str:
+        """What the student has and the control has not, in words."""
+        return "the teacher" if self.has_teacher else "the strategy"
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher at all: peers and the own average need none."""
+        return "teacher" in self.models or self.recipe.get("teacher", {}) is not None
+
+    exits: ExitFacts | None = None
 
     def test(self, role: Role) -> SplitMetrics | None:
         """Return the role's metrics on the test split, None where it was not evaluated there."""

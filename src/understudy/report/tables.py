@@ -147,6 +147,8 @@ def value_text(results: RunResults, measure: Measure, role: Role, number: float 
         return f"{formats.percent(number)} ± {margin}"
     if measure.title.startswith("Agreement") and role == "teacher":
         return NOT_APPLICABLE
+    if number is None and measure.read is training_seconds and results.curves.get(role):
+        return "with the student"
     if number is None and measure.read is training_seconds and role in results.models:
         return "not trained here"
     if number is None and measure.title == "File" and role in results.models:
@@ -237,7 +239,7 @@ def student_sentence(results: RunResults) -> str:
         text += f", with {formats.percent(sizes[0] / sizes[1], 1)} of its parameters"
     control = results.test("control")
     if control is None:
-        return f"{text}. There is no control to say what the teacher was worth."
+        return f"{text}. There is no control to say what {results.teaching} was worth."
     difference = accuracy_difference(student, control, paired=results.student_vs_control)
     noise = ", which is within noise" if difference.is_noise else ""
     return f"{text}. Against the control: {formats.points(difference.value)}{noise}."

@@ -40,9 +40,9 @@ def tiles(results: RunResults) -> list[Tile]:
         difference = accuracy_difference(student, control, paired=results.student_vs_control)
         note = f"± {formats.fixed(100 * difference.margin, 2)}"
         note += ", within noise" if difference.is_noise else ", beyond noise"
-        found.append(Tile("Worth of the teacher", formats.points(difference.value), note))
+        found.append(Tile(f"Worth of {results.teaching}", formats.points(difference.value), note))
     else:
-        found.append(Tile("Worth of the teacher", formats.NOT_MEASURED, "needs a control"))
+        found.append(Tile(f"Worth of {results.teaching}", formats.NOT_MEASURED, "needs a control"))
     model, teacher = results.models.get("student"), results.models.get("teacher")
     if model is not None:
         note = "in the student"
