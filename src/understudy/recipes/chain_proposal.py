@@ -44,24 +44,7 @@ def propose_assistants(run: Run, num_assistants: int | None = None) -> tuple[Mod
     student, num_student = run.recipe.student.model, num_params(run, run.recipe.student.model)
     teacher_cost = model_cost(build_model(run, "teacher"), run.source.image_shape)
     ratio = teacher_cost.num_params / num_student
-    if ratio < SMALLEST_GAP:
-        raise RecipeError(
-            problem(
-                f"the teacher has {teacher_cost.num_params:,} parameters and the student "
-                f"{num_student:,}, which leaves no room for an assistant",
-                expected=f"a teacher of at least {SMALLEST_GAP:g} times the student's size",
-                mend="Take strategy offline, or name the assistants in strategy.assistants.",
-            )
-        )
-    if student.name not in GROWN:
-        raise RecipeError(
-            problem(
-                f"no assistant can be proposed for a student of kind {student.name}, which has no "
-                "known argument for its size",
-                expected=f"one of {', '.join(GROWN)}",
-                mend="Name the assistants in strategy.assistants, from large to small.",
-            )
-        )
+    require_gap(student.name, teacher_cost.num_params, num_student)
     count = num_assistants or max(1, math.ceil(math.log(ratio, LARGEST_STEP)) - 1)
     log.info(
         "assistants: the teacher has %s parameters, the student %s (%.0f times fewer): %d between "
@@ -90,6 +73,28 @@ def propose_assistants(run: Run, num_assistants: int | None = None) -> tuple[Mod
     if len(found) < count:
         log.warning("assistants: only %d of %d sizes differ", len(found), count)
     return tuple(found[size] for size in sorted(found, reverse=True))
+
+
+def require_gap(name: str, num_teacher: int, num_student: int) -> None:
+    """Raise RecipeError where no assistant fits between teacher and student."""
+    if num_teacher < SMALLEST_GAP * num_student:
+        raise RecipeError(
+            problem(
+                f"the teacher has {num_teacher:,} parameters and the student "
+                f"{num_student:,}, which leaves no room for an assistant",
+                expected=f"a teacher of at least {SMALLEST_GAP:g} times the student's size",
+                mend="Take strategy offline, or name the assistants in strategy.assistants.",
+            )
+        )
+    if name not in GROWN:
+        raise RecipeError(
+            problem(
+                f"no assistant can be proposed for a student of kind {name}, which has no "
+                "known argument for its size",
+                expected=f"one of {', '.join(GROWN)}",
+                mend="Name the assistants in strategy.assistants, from large to small.",
+            )
+        )
 
 
 def nearest_size(run: Run, aim: float, sizes: dict[int, int]) -> tuple[int, ModelSection]:

@@ -39,7 +39,6 @@ SECTIONS = (
     ("calibration", "Calibration"),
     ("mistakes", "Mistakes"),
     ("export", "Exported file"),
-    ("exits", "Early exits"),
     ("data", "Data"),
     ("provenance", "Provenance"),
 )
@@ -93,11 +92,20 @@ def render_html(results: RunResults, verdicts: Sequence[Verdict]) -> str:
         "plotly_base64": packed.base64,
         "script_hashes": f"{script_hash(script)} {packed.hash}",
         "charts": all_charts(results) | exit_charts(results),
-        "sections": [s for s in SECTIONS if s[0] != "exits" or results.exits is not None],
+        "sections": sections_of(results),
         "signs": SIGNS,
         "roles": ROLES,
     }
     return environment(autoescape=True).get_template("page.html.j2").render(context)
+
+
+def sections_of(results: RunResults) -> list[tuple[str, str]]:
+    """Return the page's sections: those of every run, and the one of early exits."""
+    sections = list(SECTIONS)
+    if results.exits is not None:
+        place = sections.index(("export", "Exported file")) + 1
+        sections.insert(place, ("exits", "Early exits"))
+    return sections
 
 
 def render_markdown(results: RunResults, verdicts: Sequence[Verdict]) -> str:
