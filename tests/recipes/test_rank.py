@@ -267,6 +267,7 @@ def test_everything_about_a_candidate_is_measured(ranking):
     text = " ".join(ranking.caveats)
     assert "test split was not read" in text
     assert "Energy was not measured" in text
+    assert "The weights of strong were given" in text  # it has seen the validation pictures
 
 
 def test_probes_are_ordinary_runs_that_differ_in_the_teacher_only(finished, ranking):
@@ -497,3 +498,14 @@ def test_the_shipped_recipe_runs(warm, tmp_path):
     found = Ranking.from_json((tmp_path / "r" / "ranking.json").read_text())
     assert {row.name for row in found.candidates} == {"resnet8", "mlp", "separable"}
     assert found.training_deviation is None
+
+
+def test_fewer_training_samples_are_a_part_of_more(tmp_path):
+    def train_of(number):
+        recipe = load_recipe("digits", [f"data.num_train_samples={number}"])
+        return set(Run(recipe, tmp_path, tmp_path / "home").splits.train.tolist())
+
+    few, more, every = train_of(100), train_of(300), train_of("null")
+    assert len(few) == 100
+    assert len(more) == 300
+    assert few < more < every

@@ -41,7 +41,7 @@ def check_recipe(run: Run) -> None:
             for text in check_model(m.name, m.arguments)
         ),
         *check_spec(run.transforms, where="views.transforms"),
-        *check_processes(recipe),
+        *check_processes(run),
     ]
     if problems:
         raise RecipeError(*problems)
@@ -168,14 +168,16 @@ def check_teacher_section(teacher: TeacherSection, *, where: str = "teacher") ->
     return problems
 
 
-def check_processes(recipe: Recipe) -> list[str]:
+def check_processes(run: Run) -> list[str]:
     """Every batch is divided evenly among the processes, so it must be divisible."""
+    recipe = run.recipe
     num_processes = recipe.device.num_processes
     sizes = {"training.batch_size": recipe.training.batch_size}
     if recipe.finetuning is not None:
         sizes["finetuning.batch_size"] = recipe.finetuning.batch_size
-    if recipe.teacher is not None and recipe.teacher.training is not None:
-        sizes["teacher.training.batch_size"] = recipe.teacher.training.batch_size
+    for role, teacher in run.teachers.items():
+        if teacher.training is not None:
+            sizes[f"{teacher_place(role)}.training.batch_size"] = teacher.training.batch_size
     return [
         problem(
             f"{name} is {size} with {num_processes} processes",

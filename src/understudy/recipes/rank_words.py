@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from understudy.recipes.schema import Recipe
+from understudy.recipes.strategies import Ensemble
 from understudy.report.formats import (
     NOT_MEASURED,
     count,
@@ -18,6 +19,7 @@ from understudy.report.formats import (
 )
 from understudy.report.judges import SATURATED
 from understudy.report.ranking import CandidateRow, Gap, PairRow, Ranking
+from understudy.train.loss_table import LOSSES
 
 # A teacher that is right this much less often on the training views than on validation pictures.
 VIEW_LOSS = 0.05
@@ -176,7 +178,12 @@ def caveats(ranking: Ranking, recipe: Recipe) -> Iterator[str]:
             "One seed: how much students differ from training to training is not known, so noise "
             "counts the pictures only. Set probe.num_seeds to 3 or more."
         )
-    names = [name for name, loss in recipe.distillation.losses.items()]
+    if given := given_weights(recipe):
+        yield (
+            f"The weights of {join(given)} were given: if validation pictures were among those that "
+            "they were trained on, their own accuracies are too high here and tell less."
+        )
+    names = list(recipe.distillation.losses)
     left_out = [name for name in names if name not in logit_names(recipe)]
     if left_out:
         yield f"Losses on layers are left out of the probes: {', '.join(left_out)}."
@@ -186,10 +193,18 @@ def caveats(ranking: Ranking, recipe: Recipe) -> Iterator[str]:
     )
 
 
+def given_weights(recipe: Recipe) -> tuple[str, ...]:
+    """Return the candidates that were not trained here."""
+    sections = dict(recipe.candidates)
+    if not sections and recipe.teacher is not None and isinstance(recipe.strategy, Ensemble):
+        others = recipe.strategy.teachers
+        sections = {"teacher": recipe.teacher}
+        sections |= {f"teacher-{number}": one for number, one in enumerate(others, start=2)}
+    return tuple(name for name, section in sections.items() if section.training is None)
+
+
 def logit_names(recipe: Recipe) -> list[str]:
     """Return the further losses that read logits."""
-    from understudy.train.loss_table import LOSSES
-
     return [name for name in recipe.distillation.losses if LOSSES[name].reads == "logits"]
 
 
