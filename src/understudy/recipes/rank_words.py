@@ -180,8 +180,8 @@ def caveats(ranking: Ranking, recipe: Recipe) -> Iterator[str]:
         )
     if given := given_weights(recipe):
         yield (
-            f"The weights of {join(given)} were given: if validation pictures were among those that "
-            "they were trained on, their own accuracies are too high here and tell less."
+            f"The weights of {join(given)} were given: if validation pictures were among those "
+            "that they were trained on, their own accuracies are too high here and tell less."
         )
     names = list(recipe.distillation.losses)
     left_out = [name for name in names if name not in logit_names(recipe)]

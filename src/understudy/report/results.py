@@ -216,6 +216,7 @@ class RunResults(Strict):
         lineage: of a chain, from the first teacher to the student; empty otherwise.
         members: the teachers of an ensemble, of which "teacher" is all together; empty otherwise.
         beside: peers, or the student's average, that were trained in the same updates.
+        exits: early exits of the student; None where the recipe has none.
     """
 
     run_name: str
