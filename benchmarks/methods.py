@@ -232,7 +232,10 @@ def train_all(options: argparse.Namespace) -> None:
 
 def finished_run(method: str, seed: int, options: argparse.Namespace) -> Run | None:
     """Return a run whose student is trained, None where it is not."""
-    scale = chosen_scale(method, options)
+    scale, first = chosen_scale(method, options), options.seeds[0]
+    tried = [folder_of(method, s, first, options) / "result.json" for s in SCALES]
+    if method != "control" and not all(path.exists() for path in tried):
+        return None  # the weights are not chosen yet
     folder = folder_of(method, scale, seed, options)
     if not (folder / "result.json").exists():
         return None

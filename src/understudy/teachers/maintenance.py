@@ -98,13 +98,19 @@ def verify_store(
         Everything found; empty means that every file is as it was written.
     """
     findings = []
-    for entry_id in store.entry_ids() if entry_ids is None else sorted(entry_ids):
+    # Without manifest and outputs: a writer was killed as it began, and nothing is lost.
+    begun = [name for name in store.entry_ids() if _begun(store.root / name)]
+    for entry_id in begun if entry_ids is None else sorted(entry_ids):
         found, entry = _check_files(store, entry_id, repair=repair)
         if entry is not None and recompute is not None:
             rows_N = _row_sample(entry, num_rows=num_rows, seed=seed)
             found += _check_rows(entry, rows_N, recompute, tolerance=tolerance, repair=repair)
         findings += found
     return findings
+
+
+def _begun(path: Path) -> bool:
+    return (path / MANIFEST_NAME).exists() or any(path.glob("c.*"))
 
 
 def collect_garbage(
