@@ -23,6 +23,7 @@ LAYERS = {
     "losses": 2,
     "heads": 2,
     "train": 3,
+    "compress": 4,
     "export": 4,
     "evaluate": 5,
     "report": 6,

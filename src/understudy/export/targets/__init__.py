@@ -1,0 +1,1 @@
+"""One module an export target: makes the files of one runtime."""
