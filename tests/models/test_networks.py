@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from understudy.errors import ModelError
 from understudy.models.build import NormalizedModel, build_network
+from understudy.models.cost import model_cost
 from understudy.models.load import load_weights
 from understudy.models.mlp import MLP
 from understudy.models.paper import PaperStudent, PaperTeacher
@@ -56,6 +57,16 @@ def test_paper_teacher_orders_its_added_layers_as_written() -> None:
 @pytest.mark.parametrize(("depth", "count"), [(20, 269_722), (56, 853_018), (110, 1_727_962)])
 def test_resnet_parameter_counts(depth: int, count: int) -> None:
     assert num_params(ResNet(num_classes=10, depth=depth)) == count
+
+
+def test_resnet8_with_convolution_shortcuts_is_that_of_mlperf_tiny() -> None:
+    model = ResNet(num_classes=10, depth=8, shortcut="conv")
+    # The published network counts 78,666: 240 superfluous biases and 480 batch-norm statistics
+    # more than its trained parameters here.
+    assert sum(p.numel() for p in model.parameters()) == 78_666 - 240 - 480
+    assert model_cost(model, (3, 32, 32)).macs == 12_501_632
+    assert model.layer2[0].shortcut.bias is not None
+    assert not hasattr(model.layer1[0], "shortcut")
 
 
 def test_resnet_names_match_published_checkpoints() -> None:

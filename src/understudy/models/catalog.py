@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 from understudy.errors import problem
 
-ArgumentKind = Literal["int", "depth", "rate", "scale", "bool", "odd", "ints", "widths", "stages"]
+ArgumentKind = Literal[
+    "int", "depth", "rate", "scale", "bool", "odd", "ints", "widths", "stages", "shortcut"
+]
+SHORTCUTS = ("pad", "conv")
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,18 @@ _KIND_TEXT: dict[str, str] = {
     "ints": "a list of whole numbers of at least {minimum}",
     "widths": "three whole numbers of at least {minimum}, none smaller than the one before",
     "stages": "a list of pairs [channels, stride], each a whole number of at least {minimum}",
+    "shortcut": "pad or conv",
 }
 
 _RESNET_WIDTHS = Argument("widths", (16, 32, 64), "channels of the three stages")
+_RESNET = {
+    "widths": _RESNET_WIDTHS,
+    "shortcut": Argument(
+        "shortcut",
+        "pad",
+        "shortcut where the shape changes: subsampling and zero channels, or a 1x1 convolution",
+    ),
+}
 _PAPER = {
     "channels": Argument("int", 32, "channels of every convolution"),
     "hidden": Argument("int", 30, "width of the classifier's hidden layer"),
@@ -49,15 +61,15 @@ _PAPER = {
 CATALOG: dict[str, dict[str, Argument]] = {
     "resnet": {
         "depth": Argument("depth", 20, "number of weighted layers", minimum=8),
-        "widths": _RESNET_WIDTHS,
+        **_RESNET,
     },
-    "resnet8": {"widths": _RESNET_WIDTHS},
-    "resnet14": {"widths": _RESNET_WIDTHS},
-    "resnet20": {"widths": _RESNET_WIDTHS},
-    "resnet32": {"widths": _RESNET_WIDTHS},
-    "resnet44": {"widths": _RESNET_WIDTHS},
-    "resnet56": {"widths": _RESNET_WIDTHS},
-    "resnet110": {"widths": _RESNET_WIDTHS},
+    "resnet8": dict(_RESNET),
+    "resnet14": dict(_RESNET),
+    "resnet20": dict(_RESNET),
+    "resnet32": dict(_RESNET),
+    "resnet44": dict(_RESNET),
+    "resnet56": dict(_RESNET),
+    "resnet110": dict(_RESNET),
     "paper_student": dict(_PAPER),
     "paper_teacher": {
         "num_layers": Argument("int", 4, "convolutions added to the first one", minimum=0),
@@ -126,6 +138,8 @@ def _fits(value: Any, argument: Argument) -> bool:
                 and len(value) == 3
                 and list(value) == sorted(value)
             )
+        case "shortcut":
+            return value in SHORTCUTS
         case "stages":
             is_list = isinstance(value, list | tuple) and len(value) > 0
             return is_list and all(_is_ints(item, 1) and len(item) == 2 for item in value)
