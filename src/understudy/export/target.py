@@ -21,25 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from understudy.errors import InputError, MissingExtraError, problem
+from understudy.export.target_names import TARGETS
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
 Precision = Literal["float32", "int8"]
 RUNTIMES_FOLDER = Path(__file__).parent / "runtimes"
-
-# name -> extra that brings what it needs
-TARGETS: dict[str, str] = {
-    "onnx": "edge",
-    "openvino": "openvino",
-    "executorch": "executorch",
-    "tflite": "tflite",
-    "tflm": "tflm",
-    "ncnn": "ncnn",
-    "coreml": "coreml",
-    "c": "c",
-    "web": "web",
-}
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,11 @@ def check_data_path(data: DataSection) -> list[str]:
 
 
 def check_student_section(student: StudentSection) -> list[str]:
-    """Name and arguments of the student's network."""
-    model = student.model
-    return [f"student: {text}" for text in check_model(model.name, model.arguments)]
+    """Name, arguments and file of the student's network."""
+    model, problems = student.model, []
+    if student.checkpoint is not None:
+        problems = check_file("student.checkpoint", student.checkpoint)
+    return [*(f"student: {text}" for text in check_model(model.name, model.arguments)), *problems]
 
 
 def teacher_place(role: str) -> str:
@@ -156,16 +158,21 @@ def check_teacher_section(teacher: TeacherSection, *, where: str = "teacher") ->
         if teacher.checkpoint is None:
             return problems
         name, path = f"{where}.checkpoint", teacher.checkpoint
-    if not path.is_file():
-        how = "a folder" if path.is_dir() else "not there"
-        problems.append(
-            problem(
-                f"{name} is {path}, which is {how}",
-                expected="an existing file",
-                mend="Correct the path; it is taken relative to the current folder.",
-            )
+    return problems + check_file(name, path)
+
+
+def check_file(name: str, path: Path) -> list[str]:
+    """A file that the recipe names must be there."""
+    if path.is_file():
+        return []
+    how = "a folder" if path.is_dir() else "not there"
+    return [
+        problem(
+            f"{name} is {path}, which is {how}",
+            expected="an existing file",
+            mend="Correct the path; it is taken relative to the current folder.",
         )
-    return problems
+    ]
 
 
 def check_processes(run: Run) -> list[str]:
@@ -246,10 +253,11 @@ def check_networks(run: Run) -> list[str]:
     """Both networks can be built for this data, and the teacher's weights fit it."""
     from understudy.recipes.check_teaching import check_teaching
     from understudy.recipes.exit_training import check_early_exits
+    from understudy.recipes.given_student import given_weights
     from understudy.recipes.networks import build_model
     from understudy.recipes.teach import load_teacher
 
-    problems = problems_of(lambda: build_model(run, "student"))
+    problems = problems_of(lambda: given_weights(run))
     for role in run.peers:
         problems += problems_of(lambda role=role: build_model(run, role))  # type: ignore[misc]
     for role, teacher in run.teachers.items():

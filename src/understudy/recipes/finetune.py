@@ -14,6 +14,7 @@ from torch import nn
 
 from understudy.artifacts import Record
 from understudy.recipes.exit_training import weight_files, with_exits
+from understudy.recipes.given_student import load_student
 from understudy.recipes.networks import WEIGHTS_NAME, build_model
 from understudy.recipes.run import Run
 from understudy.recipes.train import (
@@ -31,7 +32,12 @@ PHASE = "finetuning"
 
 
 def train_network(run: Run, role: str) -> Record:
-    """Train the student or the control, and fine-tune it where the recipe says so."""
+    """Train the student or the control, and fine-tune it where the recipe says so.
+
+    A student that the user brings trained is loaded.
+    """
+    if role == "student" and run.recipe.student.checkpoint is not None:
+        return load_student(run, run.recipe.student.checkpoint)
     if run.recipe.finetuning is None:
         return train_role(run, role)
     return finetune(run, role, train_role(run, role, kind=untuned(role)))

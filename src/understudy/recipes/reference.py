@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from understudy.compress.settings import STEPS
 from understudy.data.view_spec import TRANSFORM_PARAMETERS
 from understudy.models.catalog import CATALOG, PREFIXES
 from understudy.recipes.schema import Recipe
@@ -46,7 +47,7 @@ def section_tables(
     A section that stands in two places is written out once and referred to from the other.
     """
     title = f"`{path}`" if path else "Top level"
-    if section in STRATEGIES.values():
+    if section in (*STRATEGIES.values(), *STEPS.values()):
         title += f" with `name: {section.model_fields['name'].default}`"
     if section is Schedule and section in seen:
         return []

@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
+from understudy.compress.settings import STEPS, CompressionSection
 from understudy.errors import RecipeError, problem
 from understudy.evaluate.budget import Budget
 from understudy.recipes.exit_settings import ExitsSection
 from understudy.recipes.head_settings import HeadSettings, TaskName
 from understudy.recipes.rank_settings import CandidateName, ProbeSection
+from understudy.recipes.release_settings import ReleaseSection
 from understudy.recipes.sections import DataSection, StudentSection, TeacherSection, ViewsSection
 from understudy.recipes.strategies import STRATEGIES, Offline, Strategy, label_users
 from understudy.settings import Section
@@ -109,6 +111,8 @@ class Recipe(Section):
     probe: ProbeSection = ProbeSection()
     labelling: LabellingSection = LabellingSection()
     export: ExportSection = ExportSection()
+    compression: CompressionSection = CompressionSection()
+    release: ReleaseSection = ReleaseSection()
     measurement: MeasurementSection = MeasurementSection()
     budget: Budget = Budget()
     device: DeviceSection = DeviceSection()
@@ -122,6 +126,11 @@ class Recipe(Section):
                 "and data.labelled_fraction"
                 for name in label_users(self.distillation, uses_none=False)
             ]
+        if self.student.checkpoint is not None and (self.control or self.finetuning is not None):
+            problems.append(
+                "a student with a checkpoint is not trained: set control to false and drop "
+                "finetuning"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -134,6 +143,7 @@ class Recipe(Section):
             include=set(names),
             exclude={
                 "teacher": {"checkpoint"},
+                "student": {"checkpoint"},
                 "strategy": {"teachers": {"__all__": {"checkpoint"}}},
             },
         )
@@ -178,14 +188,14 @@ def _sentence(item: Any, origin: str) -> str:
 
 def _is_union_tag(part: Any) -> bool:
     """Pydantic puts the tried member of a union into the location, which no user wrote."""
-    return part in ("number", "schedule", *STRATEGIES)
+    return part in ("number", "schedule", *STRATEGIES, *STEPS)
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     """Return the keys that the section at ``location`` knows."""
     section: type[BaseModel] = Recipe
     for part in location:
-        section = STRATEGIES.get(part, section)
+        section = STRATEGIES.get(part, STEPS.get(part, section))
         field = section.model_fields.get(str(part))
         for candidate in _models_in(field.annotation if field else None):
             section = candidate

@@ -182,3 +182,7 @@ class StudentSection(Section):
     """The small network that is trained."""
 
     model: ModelSection
+    checkpoint: Annotated[
+        Path | None,
+        Field(description="Weights of a student that is trained already and only compressed."),
+    ] = None
