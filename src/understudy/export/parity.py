@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,27 @@ def check_parity(
         ModelError: the model itself returns non-finite logits.
         InputError: there are no images, or they are not uint8 NCHW.
     """
-    if images_NCHW.ndim != 4 or len(images_NCHW) == 0 or images_NCHW.dtype != torch.uint8:
-        raise InputError(
-            problem(
-                f"parity was asked for on {images_NCHW.dtype} of {tuple(images_NCHW.shape)}",
-                expected="uint8 images [n, C, H, W], n at least 1",
-                mend="Give images of the test split.",
-            )
-        )
-    model_NK = _model_logits(model, images_NCHW)
-    file_NK, single_NK = _file_logits(path, images_NCHW)
-    _check_file_logits(path, file_NK, single_NK, expected_shape=model_NK.shape)
+    check_images(images_NCHW)
+    model_NK = model_logits(model, images_NCHW)
+    session = open_session(path)
+    try:
+        file_NK, single_NK = file_logits(lambda some: run_images(session, some), images_NCHW)
+    # ONNX Runtime's exceptions have no common base but Exception.
+    except Exception as error:
+        raise not_running(path, images_NCHW, error) from error
+    check_file_logits(path, file_NK, single_NK, expected_shape=model_NK.shape)
+    return compare_logits(model_NK, file_NK, single_NK, tolerance=tolerance)
+
+
+def compare_logits(
+    model_NK: Tensor, file_NK: Tensor, single_NK: Tensor, *, tolerance: float
+) -> Parity:
+    """Compare the logits of a model, of its file in batches, and of its file one image at a time.
+
+    Args:
+        single_NK: of the first images.
+        tolerance: relative, as for ``check_parity``.
+    """
     difference_NK = (file_NK.double() - model_NK.double()).abs()
     max_difference = difference_NK.max().item()
     batch_difference_NK = (single_NK.double() - file_NK[: len(single_NK)].double()).abs()
@@ -92,7 +103,7 @@ def check_parity(
         max_abs_difference=max_difference,
         mean_abs_difference=difference_NK.mean().item(),
         top1_agreement=(file_NK.argmax(1) == model_NK.argmax(1)).double().mean().item(),
-        num_images=len(images_NCHW),
+        num_images=len(model_NK),
         tolerance=allowed,
         passed=max_difference <= allowed and max_batch_difference <= allowed,
         batch_max_abs_difference=max_batch_difference,
@@ -114,9 +125,22 @@ def require_parity(parity: Parity, path: Path) -> None:
     )
 
 
-def _check_file_logits(
+def check_images(images_NCHW: Tensor) -> None:
+    """Raise InputError unless these are uint8 images NCHW, at least one."""
+    if images_NCHW.ndim != 4 or len(images_NCHW) == 0 or images_NCHW.dtype != torch.uint8:
+        raise InputError(
+            problem(
+                f"parity was asked for on {images_NCHW.dtype} of {tuple(images_NCHW.shape)}",
+                expected="uint8 images [n, C, H, W], n at least 1",
+                mend="Give images of the test split.",
+            )
+        )
+
+
+def check_file_logits(
     path: Path, file_NK: Tensor, single_NK: Tensor, *, expected_shape: torch.Size
 ) -> None:
+    """Raise ParityError unless the file's logits are finite and of this shape."""
     num_bad = _num_bad(torch.cat([file_NK, single_NK]))
     if file_NK.shape != expected_shape or num_bad:
         what = f"logits of shape {tuple(file_NK.shape)}"
@@ -132,7 +156,12 @@ def _check_file_logits(
         )
 
 
-def _model_logits(model: nn.Module, images_NCHW: Tensor) -> Tensor:
+def model_logits(model: nn.Module, images_NCHW: Tensor) -> Tensor:
+    """Return the logits [n, K] of a trained model for uint8 images, in float32 on the CPU.
+
+    Raises:
+        ModelError: they are not finite.
+    """
     portable = portable_copy(model)
     with torch.inference_mode():
         logits = [portable(images).float() for images in torch.split(images_NCHW.cpu(), BATCH_SIZE)]
@@ -149,23 +178,22 @@ def _model_logits(model: nn.Module, images_NCHW: Tensor) -> Tensor:
     return logits_NK
 
 
-def _file_logits(path: Path, images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+def file_logits(run: Callable[[Tensor], Tensor], images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits of all images in batches, and of the first few one at a time."""
-    session = open_session(path)
-    try:
-        batched = [run_images(session, some) for some in torch.split(images_NCHW, BATCH_SIZE)]
-        first_NCHW = images_NCHW[:NUM_SINGLE_IMAGES]
-        single = [run_images(session, one) for one in torch.split(first_NCHW, 1)]
-        return torch.cat(batched), torch.cat(single)
-    # ONNX Runtime's exceptions have no common base but Exception.
-    except Exception as error:
-        raise ParityError(
-            problem(
-                f"{path} does not run on images of shape {tuple(images_NCHW.shape[1:])} ({error})",
-                expected="the images and any batch size that the trained model takes",
-                mend="Export the model again with the data's image shape.",
-            )
-        ) from error
+    batched = [run(some) for some in torch.split(images_NCHW, BATCH_SIZE)]
+    single = [run(one) for one in torch.split(images_NCHW[:NUM_SINGLE_IMAGES], 1)]
+    return torch.cat(batched), torch.cat(single)
+
+
+def not_running(path: Path, images_NCHW: Tensor, error: Exception) -> ParityError:
+    """Return the error for a file that its runtime loads but does not run."""
+    return ParityError(
+        problem(
+            f"{path} does not run on images of shape {tuple(images_NCHW.shape[1:])} ({error})",
+            expected="the images and any batch size that the trained model takes",
+            mend="Export the model again with the data's image shape.",
+        )
+    )
 
 
 def _num_bad(logits_NK: Tensor) -> int:
