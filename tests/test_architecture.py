@@ -26,11 +26,13 @@ LAYERS = {
     "compress": 4,
     "export": 4,
     "evaluate": 5,
+    "package": 6,
     "report": 6,
     "recipes": 8,
     "stages": 8,
-    "cli": 9,
-    "__main__": 10,
+    "cli_groups": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 
@@ -115,12 +117,14 @@ def test_the_public_surface_is_what_it_was():
     ]
     assert stages.__all__ == [
         "add_head",
+        "compress",
         "distill",
         "evaluate",
         "exits",
         "export",
         "label",
         "rank_teachers",
+        "release",
         "remove_head",
         "report",
         "teach",

@@ -12,7 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from understudy import __version__
-from understudy.errors import EXIT_BUDGET_MISSED, EXIT_FAILURE, EXIT_INTERRUPTED, UnderstudyError
+from understudy.cli_groups import (
+    RunArgument,
+    SetOption,
+    heads_app,
+    recipes_app,
+    store_app,
+    teachers_app,
+)
+from understudy.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_BUDGET_MISSED,
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    MissingExtraError,
+    UnderstudyError,
+)
 from understudy.progress import setup_logging
 
 if TYPE_CHECKING:
@@ -26,12 +41,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-recipes_app = typer.Typer(help="Recipes that are shipped with the package.", no_args_is_help=True)
-teachers_app = typer.Typer(help="Teachers to choose from.", no_args_is_help=True)
-store_app = typer.Typer(help="Stored teacher outputs.", no_args_is_help=True)
-heads_app = typer.Typer(
-    help="Heads for more tasks on a finished run's student.", no_args_is_help=True
-)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(heads_app, name="heads")
 app.add_typer(store_app, name="store")
@@ -44,16 +53,26 @@ RecipeArgument = Annotated[
         help="A YAML file, a run folder, or the name of a shipped recipe. Default: digits.",
     ),
 ]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one value: path.to.key=value."),
-]
+# Imported by every command but help and predict; an installation may be without them.
+TRAIN_MODULES = (
+    "torch",
+    "lightning_fabric",
+    "datasets",
+    "kornia",
+    "zarr",
+    "onnx",
+    "onnxscript",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "plotly",
+    "jinja2",
+    "markupsafe",
+    "tensorboard",
+    "psutil",
+)
 OutOption = Annotated[
     Path | None, typer.Option("--out", metavar="DIR", help="Run folder. Default: runs/NAME.")
-]
-StoreOption = Annotated[
-    Path | None, typer.Option("--store", metavar="DIR", help="Default: the user's cache folder.")
 ]
 
 
@@ -80,6 +99,12 @@ def main() -> None:
         # Threads of libraries may be at work still; everything is on disk already.
         sys.stdout.flush()
         os._exit(EXIT_INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in TRAIN_MODULES:
+            raise
+        for line in MissingExtraError(error.name, "train").problems:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
     except OSError as error:
         mend = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend that"
         message = f"error: {error}. {mend} and run the same command again: what is done is kept."
@@ -116,12 +141,15 @@ def _show(outcome: Outcome) -> None:
     """Print the result table and the report's path; exit 3 where the budget is missed."""
     from rich.console import Console
 
+    from understudy.report.compression_views import compression_text
     from understudy.report.summary import summary_table, summary_text
 
     if sys.stdout.isatty():
         Console().print(summary_table(outcome.results))
     else:
         print(summary_text(outcome.results))
+    if text := compression_text(outcome.results):
+        print(f"\n{text}\n")
     print(f"report: {outcome.page}")
     if outcome.budget_missed:
         raise typer.Exit(EXIT_BUDGET_MISSED)
@@ -186,6 +214,103 @@ def export(recipe: RunArgument, changes: SetOption = None, out: OutOption = None
 
 
 @app.command()
+def compress(
+    recipe: RecipeArgument = None, changes: SetOption = None, out: OutOption = None
+) -> None:
+    """Make the student smaller: prune and quantise, each step behind its gates."""
+    from understudy import stages
+
+    _show(stages.compress(recipe, changes=changes or (), out=out))
+
+
+@app.command()
+def release(
+    recipe: RecipeArgument = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option("--target", metavar="TARGET[/PRECISION]", help="As onnx/int8; repeatable."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="A device profile's limits.")
+    ] = None,
+    package: Annotated[
+        Path | None,
+        typer.Option("--package", metavar="PATH", help="Folder or .zip. Default: RUN/release."),
+    ] = None,
+    changes: SetOption = None,
+    out: OutOption = None,
+) -> None:
+    """Compress, export to every target, prove, measure, check the budget, and pack."""
+    from understudy import stages
+    from understudy.recipes.release_settings import release_changes
+
+    asked = [*(changes or ()), *release_changes(targets, device)]
+    released = stages.release(recipe, changes=asked, out=out, package=package)
+    _show(released.outcome)
+    if released.budget_missed:
+        raise typer.Exit(EXIT_BUDGET_MISSED)
+    print(f"package: {released.package}")
+
+
+@app.command()
+def predict(
+    package: Annotated[str, typer.Argument(metavar="PACKAGE", help="A released folder or .zip.")],
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="PNG, JPEG ...")],
+    top: Annotated[int, typer.Option("--top", help="So many classes a picture.")] = 3,
+    artifact: Annotated[
+        str | None, typer.Option("--artifact", metavar="NAME", help="As onnx-int8.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Classify pictures with a released package; needs its runtime and no torch."""
+    from understudy.package.predict import predict_command
+
+    print(predict_command(package, pictures, top=top, artifact=artifact, as_json=as_json))
+
+
+@app.command()
+def profile(
+    what: Annotated[
+        str, typer.Argument(metavar="ARTIFACT|MODEL", help="A file, a folder, or a network's name.")
+    ],
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="OTHER", help="Measured in turns with it.")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", metavar="NAME")] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="USER@DEVICE", help="Measured there, by ssh.")
+    ] = None,
+    batches: Annotated[list[int] | None, typer.Option("--batch", help="Repeatable.")] = None,
+    threads: Annotated[list[str] | None, typer.Option("--threads", help="Or `all`.")] = None,
+    shape: Annotated[
+        str | None, typer.Option("--shape", metavar="C,H,W", help="Where the file does not say.")
+    ] = None,
+    ssh_options: Annotated[
+        list[str] | None, typer.Option("--ssh-option", metavar="KEY=VALUE", help="Repeatable.")
+    ] = None,
+    python: Annotated[str, typer.Option("--python", help="Of the device.")] = "python3",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time, memory, size and energy of an artifact, or the operators of a network."""
+    from understudy.evaluate.profile import profile_command
+
+    print(
+        profile_command(
+            what,
+            against=against,
+            device=device,
+            host=host,
+            batches=batches,
+            threads=threads,
+            as_json=as_json,
+            shape=shape,
+            ssh_options=ssh_options or (),
+            python=python,
+        )
+    )
+
+
+@app.command()
 def exits(recipe: RunArgument, changes: SetOption = None, out: OutOption = None) -> None:
     """Choose where pictures leave the student early, for another target with --set."""
     from understudy import stages
@@ -208,138 +333,3 @@ def doctor() -> None:
     from understudy.recipes.doctor import describe
 
     print(describe())
-
-
-@recipes_app.command("list")
-def recipes_list() -> None:
-    """List the shipped recipes."""
-    from understudy.recipes.files import shipped_recipes
-
-    for name, text in shipped_recipes().items():
-        print(f"{name:16}{text.splitlines()[0].removeprefix('# ')}")
-
-
-@recipes_app.command("show")
-def recipes_show(name: str) -> None:
-    """Print a shipped recipe."""
-    from understudy.recipes.files import shipped_recipe
-
-    print(shipped_recipe(name), end="")
-
-
-@recipes_app.command("copy")
-def recipes_copy(
-    name: str, target: Annotated[Path, typer.Argument(help="A file or folder.")] = Path()
-) -> None:
-    """Copy a shipped recipe, to change it."""
-    from understudy.recipes.files import copy_recipe
-
-    print(copy_recipe(name, target))
-
-
-@heads_app.command("add")
-def heads_add(
-    run: RunArgument,
-    task: Annotated[str, typer.Option("--task", help="Name of the task.")],
-    label_column: Annotated[
-        str, typer.Option("--label-column", help="Column of the data with the task's labels.")
-    ],
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Of the head: teacher=true, hidden=[64]."),
-    ] = None,
-) -> None:
-    """Train a head for one more task; the student and its trunk stay as they are."""
-    from understudy import stages
-    from understudy.recipes.head_report import heads_table
-
-    stages.add_head(run, task=task, label_column=label_column, changes=changes or ())
-    print(heads_table(Path(run)))
-
-
-@heads_app.command("list")
-def heads_list(run: RunArgument) -> None:
-    """Show the heads of a run: size, accuracy, and what needs no head."""
-    from understudy import stages
-    from understudy.recipes.head_report import heads_table
-
-    print(heads_table(stages.existing_run(run)))
-
-
-@heads_app.command("remove")
-def heads_remove(
-    run: RunArgument, task: Annotated[str, typer.Option("--task", help="Name of the task.")]
-) -> None:
-    """Remove a task's head from a run."""
-    from understudy import stages
-
-    stages.remove_head(run, task=task)
-
-
-@teachers_app.command("rank")
-def teachers_rank(
-    recipe: Annotated[
-        str,
-        typer.Argument(metavar="RECIPE", help="A recipe with candidates, or an earlier ranking."),
-    ],
-    changes: SetOption = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME-teachers.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the ranking as JSON.")] = False,
-) -> None:
-    """Profile and probe candidate teachers: which one makes the best student, and why."""
-    from understudy import stages
-
-    ranking = stages.rank_teachers(recipe, changes=changes or (), out=out)
-    if as_json:
-        print(ranking.to_json(), end="")
-        return
-    from understudy.report.ranking_views import ranking_table, ranking_text
-
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(ranking_table(ranking))
-    else:
-        print(ranking_text(ranking), end="")
-
-
-@store_app.command("list")
-def store_list(store: StoreOption = None) -> None:
-    """List what is stored: teacher, data, view, samples, size, complete or not."""
-    from understudy.recipes.store import list_store
-
-    print(list_store(store))
-
-
-@store_app.command("verify")
-def store_verify(
-    run: Annotated[
-        str | None,
-        typer.Argument(help="A run folder: its entries are also recomputed in part."),
-    ] = None,
-    store: StoreOption = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Remove damaged chunks; labelling makes them again.")
-    ] = False,
-) -> None:
-    """Check every stored byte; with a run, recompute a random sample and compare."""
-    from understudy.recipes.store import verify
-
-    print(verify(store, run_folder=run, repair=repair))
-
-
-@store_app.command("gc")
-def store_gc(
-    store: StoreOption = None,
-    older_than_days: Annotated[
-        float | None, typer.Option(help="Remove what was not used for this long.")
-    ] = None,
-    incomplete: Annotated[bool, typer.Option(help="Remove unfinished entries.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
-) -> None:
-    """Remove stored outputs that are no longer wanted."""
-    from understudy.recipes.store import remove
-
-    print(remove(store, older_than_days=older_than_days, incomplete=incomplete, dry_run=dry_run))

@@ -14,6 +14,7 @@ from understudy.errors import InputError, problem
 from understudy.progress import log
 from understudy.recipes.chain import chained, require_steps, run_steps
 from understudy.recipes.check import check_recipe, parse_checked
+from understudy.recipes.compress import compress as compress_stage
 from understudy.recipes.evaluate import evaluate as evaluate_stage
 from understudy.recipes.exits import exits as exits_stage
 from understudy.recipes.export import export as export_stage
@@ -26,6 +27,8 @@ from understudy.recipes.prepare import split
 from understudy.recipes.rank import checked_candidates, rank
 from understudy.recipes.rank_open import ranking_folder, ranking_recipe
 from understudy.recipes.rank_probe import CANDIDATES_NAME
+from understudy.recipes.release import Release
+from understudy.recipes.release import release as release_stage
 from understudy.recipes.report import Outcome
 from understudy.recipes.report import report as report_stage
 from understudy.recipes.run import Run, home_folder
@@ -36,12 +39,14 @@ from understudy.train.devices import use_threads
 
 __all__ = [
     "add_head",
+    "compress",
     "distill",
     "evaluate",
     "exits",
     "export",
     "label",
     "rank_teachers",
+    "release",
     "remove_head",
     "report",
     "teach",
@@ -71,24 +76,72 @@ def distill(
     """
     run = open_run(recipe, changes=changes, out=out)
     with working(run):
-        start(run)
-        run_steps(run)
-        split(run)
-        if run.teaches_first:
-            teach_stage(run)
-        if run.stores_outputs:
-            label_stage(run)
-        train_network(run, "student")
-        if trains_teacher(run):
-            collect_teacher(run)
-        if run.recipe.control:
-            train_network(run, "control")
-        evaluate_stage(run)
-        export_stage(run)
-        if run.recipe.exits is not None:
-            exits_stage(run)
-        train_heads(run)
+        run_stages(run)
         return report_stage(run)
+
+
+def run_stages(run: Run) -> None:
+    """Run every stage of a job but its report."""
+    start(run)
+    run_steps(run)
+    split(run)
+    if run.teaches_first:
+        teach_stage(run)
+    if run.stores_outputs:
+        label_stage(run)
+    train_network(run, "student")
+    if trains_teacher(run):
+        collect_teacher(run)
+    if run.recipe.control:
+        train_network(run, "control")
+    evaluate_stage(run)
+    export_stage(run)
+    if run.recipe.exits is not None:
+        exits_stage(run)
+    train_heads(run)
+
+
+def compress(
+    recipe: RecipeLike, *, changes: Sequence[str] = (), out: str | Path | None = None
+) -> Outcome:
+    """Make the student smaller by the steps of ``compression``; return the report with them.
+
+    The job before is run as ``distill`` runs it, so what is finished is reused. A step that loses
+    more than its gates is taken back, and the last good state is kept.
+
+    Raises:
+        InputError: something the user gave is wrong, or a limit cannot be reached.
+        MissingExtraError: a package is not installed.
+    """
+    run = open_run(recipe, changes=changes, out=out)
+    with working(run, "compress"):
+        run_stages(run)
+        compress_stage(run)
+        return report_stage(run)
+
+
+def release(
+    recipe: RecipeLike,
+    *,
+    changes: Sequence[str] = (),
+    out: str | Path | None = None,
+    package: str | Path | None = None,
+) -> Release:
+    """Compress, export to every target, prove, measure, check the budget, and pack what ships.
+
+    Args:
+        out: the run folder, as for ``distill``.
+        package: a folder, or a file ending in ``.zip``; by default ``release`` in the run folder.
+
+    Raises:
+        InputError: something the user gave is wrong.
+        MissingExtraError: a target's package is not installed.
+        ParityError: files do not compute what the network computes.
+    """
+    run = open_run(recipe, changes=changes, out=out)
+    with working(run, "release"):
+        run_stages(run)
+        return release_stage(run, None if package is None else Path(package))
 
 
 def teach(
@@ -259,13 +312,13 @@ def existing_run(folder: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def working(run: Run) -> Iterator[None]:
+def working(run: Run, command: str = "resume") -> Iterator[None]:
     """Hold the run folder while a stage works in it; when interrupted, say how to go on."""
     with exclusive(run.folder):
         try:
             yield
         except KeyboardInterrupt:
-            log.warning("`understudy resume %s` continues where this stopped", run.folder)
+            log.warning("`understudy %s %s` continues where this stopped", command, run.folder)
             raise
 
 

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,9 @@ FACTS = BudgetFacts(
     measurements=[{**ROW, "num_threads": 2, "p95_ms": 0.1}, ROW],
     peak_memory_bytes=50_000_000,
     train_hours=0.5,
+    flash_bytes=30_000,
+    ram_bytes=20_000,
+    energy_mj=0.25,
 )
 
 
@@ -31,6 +35,9 @@ def statuses(limits, facts=FACTS):
         ("model_size_bytes", 9000, 1),
         ("peak_memory_bytes", 50_000_000, 1),
         ("train_hours", 0.5, 1e-12),
+        ("flash_bytes", 30_000, 1),
+        ("ram_bytes", 20_000, 1),
+        ("energy_mj", 0.25, 1e-12),
     ],
 )
 def test_the_limit_itself_passes_and_the_least_below_it_fails(name, measured, step):
@@ -72,6 +79,32 @@ def test_what_was_not_measured_never_passes():
         assert [row.name for row in rows] == list(limits)
         assert {row.status for row in rows} == {"not_measured"}
         assert all(row.measured is None for row in rows)
+
+
+def test_a_strict_budget_fails_what_was_not_measured():
+    limits = {"num_params": 2000, "energy_mj": 1.0, "latency_ms": {"batch": 100, "at_most": 1.0}}
+    facts = replace(FACTS, energy_mj=None)
+    rows = check_budget({**limits, "strict": True}, facts=facts)
+    assert [(row.name, row.status, row.measured) for row in rows] == [
+        ("num_params", "passed", 2000),
+        ("latency_ms", "failed", None),
+        ("energy_mj", "failed", None),
+    ]
+    assert rows[2].detail == "not measured, and the budget is strict"
+    by_call = check_budget_of(Budget(**limits), facts=facts, strict=True)
+    assert [row.status for row in by_call] == ["passed", "failed", "failed"]
+    lenient = check_budget_of(Budget(**limits, strict=True), facts=facts, strict=False)
+    assert [row.status for row in lenient] == ["passed", "not_measured", "not_measured"]
+
+
+def test_an_estimate_is_shown_and_decides_nothing():
+    facts = replace(FACTS, energy_mj=None, estimates={"energy_mj": "0.1 mJ", "num_params": "1"})
+    rows = check_budget({"energy_mj": 1.0, "num_params": 1}, facts=facts)
+    assert [(row.name, row.status) for row in rows] == [
+        ("num_params", "failed"),
+        ("energy_mj", "not_measured"),
+    ]
+    assert rows[1].detail == "not measured (estimate: 0.1 mJ)"
 
 
 def test_rows_only_for_limits_that_are_set():

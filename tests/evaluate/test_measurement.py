@@ -10,10 +10,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from understudy.errors import InputError, UnderstudyError
-from understudy.evaluate import measure_onnx
+from understudy.evaluate import artifact_process
 from understudy.evaluate.fresh_process import MIN_RUNS, run_fresh
 from understudy.evaluate.latency import measure_latency, percentile_ms
 from understudy.evaluate.memory import measure_memory
+from understudy.evaluate.runtime_files import runtime_file
 from understudy.runtime import num_usable_cores
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 1, 8, 8), dtype=np.uint8)
@@ -87,18 +88,17 @@ def test_latency_of_every_setting(model_path):
         IMAGES,
         batch_sizes=(3, 1),
         num_threads=(1, 2),
-        min_seconds=0.01,
+        min_seconds=0.1,
         progress=lambda done, total, note="": told.append((done, total)),
     )
     rows = latency.measurements
     assert [(row.num_threads, row.batch_size) for row in rows] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     for row in rows:
         assert 0 < row.p50_ms <= row.p95_ms <= row.p99_ms
-        assert row.num_runs >= MIN_RUNS
+        assert row.num_runs > MIN_RUNS  # 0.1 s were asked for, some 10 us a run
         assert row.num_warmup > 0
         assert row.load_ms > 0
         assert row.images_per_second == pytest.approx(row.batch_size / row.mean_ms * 1000)
-        assert row.num_runs * row.mean_ms >= 5  # 0.01 s were asked for; the rest is bookkeeping
     assert told == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
     assert {"processor", "num_cores", "onnxruntime", "numpy"} <= set(latency.facts)
     json.dumps(latency.to_json(), allow_nan=False)
@@ -140,7 +140,9 @@ def test_the_measuring_process_imports_no_torch(model_path, tmp_path):
     images_path = tmp_path / "images.npy"
     np.save(images_path, IMAGES)
     request = {
-        "model": str(model_path),
+        "mode": "measure",
+        "runtime": str(runtime_file(model_path).script),
+        "artifact": str(model_path),
         "images": str(images_path),
         "batch_size": 1,
         "num_threads": 1,
@@ -150,7 +152,7 @@ def test_the_measuring_process_imports_no_torch(model_path, tmp_path):
         "min_seconds": 0,
     }
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-P", measure_onnx.__file__, json.dumps(request)],
+        [sys.executable, "-X", "importtime", "-P", artifact_process.__file__, json.dumps(request)],
         capture_output=True,
         text=True,
         check=True,
@@ -201,6 +203,6 @@ def test_wrong_requests_are_listed_at_once(tmp_path):
 def test_a_killed_process_is_told_from_a_failed_one(model_path, tmp_path, monkeypatch):
     script = tmp_path / "dies.py"
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    monkeypatch.setattr(measure_onnx, "__file__", str(script))
+    monkeypatch.setattr(artifact_process, "__file__", str(script))
     with pytest.raises(UnderstudyError, match=r"ended by signal 9, 9 is often a lack of memory"):
         measure_memory(model_path, IMAGES)

@@ -27,6 +27,61 @@ def results(experiment: dict[str, Any]) -> RunResults:
     return RunResults.from_values(copy.deepcopy(experiment))
 
 
+@pytest.fixture
+def compression() -> dict[str, Any]:
+    """A pruned and quantised student, released for two runtimes; everything is kept."""
+    step = {
+        "name": "prune (l1, global)",
+        "kept": True,
+        "reason": "",
+        "gates": [
+            {
+                "name": "accuracy_drop",
+                "before": 0.9,
+                "after": 0.895,
+                "loss": 0.005,
+                "limit": 0.01,
+                "status": "passed",
+            }
+        ],
+        "accuracy_before": 0.9,
+        "accuracy": 0.895,
+        "num_params": 1000,
+        "macs": 50_000,
+        "file_bytes": 9000,
+        "speedup": 1.5,
+        "speedup_quartiles": [1.4, 1.6],
+        "seconds": 12.0,
+    }
+    artifact = {
+        "target": "onnx",
+        "precision": "int8",
+        "size_bytes": 5000,
+        "accuracy": 0.89,
+        "num_images": 1000,
+        "agreement": 0.99,
+        "max_abs_difference": 0.4,
+        "p50_ms": 0.05,
+        "p95_ms": 0.06,
+        "load_ms": 2.0,
+        "peak_memory_bytes": 40_000_000,
+        "energy": {"energy_mj": None, "method": "not measured"},
+        "facts": {"num_nodes": 12},
+        "notes": [],
+        "budget": [
+            {
+                "name": "model_size_bytes",
+                "limit": 8000,
+                "unit": "bytes",
+                "status": "passed",
+                "measured": 5000,
+            }
+        ],
+    }
+    other = {**copy.deepcopy(artifact), "target": "c", "facts": {"cortex-m4 flash_bytes": 20_000}}
+    return {"steps": [step], "artifacts": [artifact, other], "device": "cortex-m4-256kb"}
+
+
 OPTIONAL = (
     "curves",
     "parity",

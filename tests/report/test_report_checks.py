@@ -49,8 +49,9 @@ def metrics(accuracy: float, *, num_samples: int = 1000, ece: float = 0.01) -> V
 
 
 @pytest.fixture
-def good(values: Values) -> Values:
+def good(values: Values, compression: Values) -> Values:
     """Results that no check has anything against."""
+    values["compression"] = compression
     values["metrics"] = {
         "teacher": {"test": metrics(0.95, num_samples=10_000)},
         "student": {"test": metrics(0.93, num_samples=10_000)},

@@ -14,8 +14,8 @@ from understudy.train.settings import TrainSettings
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Guidance = Annotated[
-    Literal["teacher", "labels"],
-    Field(description="What the fine-tuning learns from: as the student did, or labels alone."),
+    Literal["teacher", "labels"] | None,
+    Field(description="Train as the student was, or on labels alone; null: with the teacher."),
 ]
 
 
@@ -62,7 +62,7 @@ class PruneStep(Section):
     round_to: Annotated[
         int, Field(gt=0, description="Channel counts are multiples of this; 8 is quick on CPUs.")
     ] = 1
-    guidance: Guidance = "teacher"
+    guidance: Guidance = None
     training: Annotated[
         TrainSettings | None, Field(description="Fine-tuning after each round; null: none.")
     ] = None
@@ -83,7 +83,7 @@ class QuantizeStep(Section):
         Literal["static", "aware"],
         Field(description="Calibrated after training, or quantisation-aware training."),
     ] = "static"
-    guidance: Guidance = "teacher"
+    guidance: Guidance = None
     training: Annotated[
         TrainSettings | None, Field(description="The quantisation-aware training.")
     ] = None
@@ -109,3 +109,14 @@ class CompressionSection(Section):
 
     steps: Annotated[tuple[Step, ...], Field(description="In this order.")] = ()
     gates: Gates = Gates()
+
+    @model_validator(mode="after")
+    def _quantized_last(self) -> CompressionSection:
+        if any(step.name == "quantize" for step in self.steps[:-1]):
+            raise ValueError("quantize is the last step, and there is one at most")
+        return self
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the last step makes the student int8."""
+        return bool(self.steps) and self.steps[-1].name == "quantize"

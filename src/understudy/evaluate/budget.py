@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -23,6 +23,9 @@ BUDGET_UNITS = {
     "latency_ms": "ms",
     "peak_memory_bytes": "bytes",
     "train_hours": "h",
+    "flash_bytes": "bytes",
+    "ram_bytes": "bytes",
+    "energy_mj": "mJ",
 }
 
 
@@ -50,6 +53,19 @@ class Budget(Section):
     train_hours: Annotated[
         float | None, Field(gt=0, description="Wall time of the student's training.")
     ] = None
+    flash_bytes: Annotated[
+        int | None,
+        Field(gt=0, description="Code and weights in a microcontroller's flash memory."),
+    ] = None
+    ram_bytes: Annotated[
+        int | None,
+        Field(gt=0, description="Static memory and stack, or arena, of a microcontroller."),
+    ] = None
+    energy_mj: Annotated[
+        float | None,
+        Field(gt=0, description="Millijoules a picture, above idle. An estimate proves nothing."),
+    ] = None
+    strict: Annotated[bool, Field(description="A limit that was not measured fails.")] = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,10 @@ class BudgetFacts:
             ``p99_ms``, as ``Measurement.to_json`` writes them.
         peak_memory_bytes: peak resident memory of the exported file in its runtime.
         train_hours: wall time of the student's training.
+        flash_bytes, ram_bytes: of the file built for a microcontroller.
+        energy_mj: read from counters; an estimate belongs into ``estimates``.
+        estimates: name of a limit to a sentence on what is expected. It is shown and decides
+            nothing: the limit is not measured.
     """
 
     num_params: int | None = None
@@ -70,6 +90,10 @@ class BudgetFacts:
     measurements: Sequence[Mapping[str, Any]] = ()
     peak_memory_bytes: int | None = None
     train_hours: float | None = None
+    flash_bytes: int | None = None
+    ram_bytes: int | None = None
+    energy_mj: float | None = None
+    estimates: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,12 +112,18 @@ class BudgetRow:
         return asdict(self)
 
 
-def check_budget(budget: Budget, *, facts: BudgetFacts) -> list[BudgetRow]:
+def check_budget(
+    budget: Budget, *, facts: BudgetFacts, strict: bool | None = None
+) -> list[BudgetRow]:
     """Return one row for each limit that is set, in a fixed order.
 
     A measured value at the limit passes. What was not measured, or is not a finite number, is
     ``not_measured``, which is not passed.
+
+    Args:
+        strict: what was not measured is ``failed`` instead; None: as the budget says.
     """
+    is_strict = budget.strict if strict is None else strict
     rows = []
     for name in BUDGET_UNITS:
         limit = getattr(budget, name)
@@ -103,7 +133,16 @@ def check_budget(budget: Budget, *, facts: BudgetFacts) -> list[BudgetRow]:
             rows.append(_latency_row(limit, facts))
         else:
             rows.append(_row(name, limit, getattr(facts, name), setting=""))
-    return rows
+    return [_unmeasured(row, facts, is_strict) if row.measured is None else row for row in rows]
+
+
+def _unmeasured(row: BudgetRow, facts: BudgetFacts, is_strict: bool) -> BudgetRow:
+    detail = row.detail
+    if row.name in facts.estimates:
+        detail += f" (estimate: {facts.estimates[row.name]})"
+    if is_strict:
+        return replace(row, status="failed", detail=f"{detail}, and the budget is strict")
+    return replace(row, detail=detail)
 
 
 def _latency_row(limit: LatencyLimit, facts: BudgetFacts) -> BudgetRow:

@@ -1,4 +1,4 @@
-"""Latency and throughput of an exported file in ONNX Runtime, on real images."""
+"""Latency and throughput of an exported file in its runtime, on real images."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from numpy.typing import ArrayLike
 
 from understudy.evaluate.fresh_process import NUM_WARMUP, resolve_num_threads, run_fresh
+from understudy.evaluate.runtime_files import Source, runtime_file
 from understudy.progress import Progress, silent
 from understudy.runtime import num_usable_cores, processor_name
 
@@ -29,7 +29,7 @@ class Measurement:
             (nearest rank); with fewer than 100 runs p99 is the slowest run.
         images_per_second: batch_size over the mean time.
         num_runs: timed runs, after ``num_warmup`` that were not.
-        load_ms: time to make the session from the file.
+        load_ms: time from the file to something that runs, the imports of its runtime not in it.
     """
 
     batch_size: int
@@ -70,7 +70,7 @@ def percentile_ms(times_ns: Sequence[int], percentile: float) -> float:
 
 
 def measure_latency(
-    path: Path,
+    source: Source,
     images: ArrayLike,
     *,
     batch_sizes: Sequence[int] = (1, 100),
@@ -82,6 +82,8 @@ def measure_latency(
     """Measure every batch size with every number of threads, one fresh process after the other.
 
     Args:
+        source: an exported file whose suffix tells its runtime, an ``Artifact``, or a
+            ``RuntimeFile``.
         images: uint8 [n, C, H, W], real ones; repeated where a batch needs more.
         num_threads: "all" is every processor this process may use; equal numbers are measured
             once.
@@ -91,8 +93,9 @@ def measure_latency(
         progress: told the number of settings done.
 
     Raises:
-        InputError: the file is missing or the images do not fit.
-        UnderstudyError: ONNX Runtime fails on the file, or a process takes too long.
+        InputError: the file is missing, nothing is known to run it, or the images do not fit.
+        MissingExtraError: its runtime is not installed.
+        UnderstudyError: the runtime fails on the file, or a process takes too long.
     """
     threads = sorted({resolve_num_threads(count) for count in num_threads})
     settings = [(size, count) for count in threads for size in sorted(set(batch_sizes))]
@@ -102,13 +105,16 @@ def measure_latency(
         "system": platform.platform(),
         "num_cores": num_usable_cores(),
         "python": platform.python_version(),
-        "spinning": "ONNX Runtime's default (idle pool threads spin)",
         "percentile": "nearest rank",
     }
+    file = runtime_file(source)
+    if file.runtime == "onnx":
+        # Left as it is: what is measured is what a user with the same number of threads gets.
+        facts["spinning"] = "ONNX Runtime's default (idle pool threads spin)"
     for num_done, (batch_size, count) in enumerate(settings):
         progress(num_done, len(settings), f"batch {batch_size}, threads {count}")
         result = run_fresh(
-            path,
+            file,
             images,
             batch_size=batch_size,
             num_threads=count,
@@ -116,13 +122,14 @@ def measure_latency(
             min_seconds=min_seconds,
             timeout_seconds=timeout_seconds,
         )
-        rows.append(_measurement(result, batch_size=batch_size, num_threads=count))
-        facts |= {name: result[name] for name in ("onnxruntime", "numpy", "providers")}
+        rows.append(measurement_of(result, batch_size=batch_size, num_threads=count))
+        facts |= {"runtime": file.runtime} | result["versions"] | result["facts"]
     progress(len(settings), len(settings))
     return Latency(measurements=tuple(rows), facts=facts)
 
 
-def _measurement(result: dict[str, Any], *, batch_size: int, num_threads: int) -> Measurement:
+def measurement_of(result: dict[str, Any], *, batch_size: int, num_threads: int) -> Measurement:
+    """Return the row of one process's answer."""
     times_ns = result["times_ns"]
     mean_ms = sum(times_ns) / len(times_ns) / 1e6
     return Measurement(

@@ -1,14 +1,14 @@
-"""Peak resident memory of a process that runs an exported file in ONNX Runtime."""
+"""Peak resident memory of a process that runs an exported file in its runtime."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import ArrayLike
 
 from understudy.evaluate.fresh_process import run_fresh
+from understudy.evaluate.runtime_files import Source
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Memory:
 
     Attributes:
         peak_memory_bytes: the largest resident set of the whole process, nothing taken off:
-            interpreter, NumPy and ONNX Runtime are in it, because a user pays for them. None where
+            interpreter, NumPy and the runtime are in it, because a user pays for them. None where
             the system does not tell.
         baseline_memory_bytes: the same after the imports and before the file was loaded: what any
             model would cost. None where the system does not tell.
@@ -34,7 +34,7 @@ class Memory:
 
 
 def measure_memory(
-    path: Path,
+    source: Source,
     images: ArrayLike,
     *,
     batch_size: int = 1,
@@ -44,17 +44,23 @@ def measure_memory(
     """Measure peak memory for one batch of uint8 images [n, C, H, W].
 
     Raises:
-        InputError: the file is missing or the images do not fit.
-        UnderstudyError: ONNX Runtime fails on the file, or the process takes too long.
+        InputError: the file is missing, nothing is known to run it, or the images do not fit.
+        MissingExtraError: its runtime is not installed.
+        UnderstudyError: the runtime fails on the file, or the process takes too long.
     """
     result = run_fresh(
-        path,
+        source,
         images,
         batch_size=batch_size,
         num_threads=num_threads,
         num_batches=1,
         timeout_seconds=timeout_seconds,
     )
+    return memory_of(result, batch_size=batch_size, num_threads=num_threads)
+
+
+def memory_of(result: dict[str, Any], *, batch_size: int, num_threads: int) -> Memory:
+    """Return the record of one process's answer."""
     return Memory(
         peak_memory_bytes=result["peak_memory_bytes"],
         baseline_memory_bytes=result["baseline_memory_bytes"],

@@ -22,7 +22,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from understudy.evaluate.measure_onnx import peak_memory_bytes
+    from understudy.evaluate.artifact_process import peak_memory_bytes
     from understudy.models.build import NormalizedModel, build_network
     from understudy.models.onnx_model import OnnxModel
     from understudy.teachers.inference import fast_inference

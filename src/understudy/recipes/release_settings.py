@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from understudy.errors import InputError
+from understudy.evaluate.devices import load_device
 from understudy.export.target_names import TARGETS
 from understudy.settings import Section
+
+
+def release_changes(targets: Sequence[str] | None, device: str | None) -> list[str]:
+    """Return what the options of `understudy release` change in a recipe.
+
+    A device without targets is released for in its own runtime and precision.
+    """
+    changes = []
+    if device is not None:
+        profile = load_device(device)
+        targets = targets or [f"{profile.runtime}/{profile.precision}"]
+        changes.append(f"release.device={json.dumps(device)}")
+    if targets:
+        changes.append(f"release.targets={json.dumps(list(targets))}")
+    return changes
 
 
 class ReleaseSection(Section):
@@ -25,9 +44,6 @@ class ReleaseSection(Section):
         str | None,
         Field(description="A device profile, by name or file: it fills the budget's limits."),
     ] = None
-    strict: Annotated[
-        bool, Field(description="A limit that was not measured counts as missed.")
-    ] = True
     min_agreement: Annotated[
         float,
         Field(
@@ -51,3 +67,13 @@ class ReleaseSection(Section):
         if len(set(targets)) != len(targets):
             raise ValueError("a target is named twice")
         return targets
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_known(cls, device: str | None) -> str | None:
+        if device is not None:
+            try:
+                load_device(device)
+            except InputError as error:
+                raise ValueError("; ".join(error.problems)) from None
+        return device

@@ -10,7 +10,9 @@ from typing import Any
 from understudy.artifacts import Record, content_hash
 from understudy.errors import InputError, problem
 from understudy.evaluate.budget import BudgetFacts, check_budget
+from understudy.recipes.artifact_budget import artifact_budgets
 from understudy.recipes.chain import chain_stages, earlier_seconds, lineage
+from understudy.recipes.compression_report import compressed_budget, compression_values
 from understudy.recipes.exit_report import exit_values
 from understudy.recipes.members import is_ensemble, teacher_name
 from understudy.recipes.networks import model_section
@@ -111,6 +113,7 @@ def gather_results(run: Run) -> RunResults:
         "lineage": lineage(run),
         "members": evaluation["members"],
         "exits": exit_values(records["exits"]) if "exits" in records else None,
+        "compression": compression_values(run, artifact_budgets(run)),
         "beside": [row for row in student.payload.get("beside", []) if row["name"] not in roles],
     }
     return RunResults.from_values(values)
@@ -191,6 +194,8 @@ def budget_rows(
         train_hours=hours["student"],
     )
     rows = [row.to_json() for row in check_budget(run.recipe.budget, facts=facts)]
+    smaller = compressed_budget(run)
+    rows = [smaller.get(row["name"], row) for row in rows]
     for row in rows:
         if row["name"] == "train_hours" and run.derived_from is not None:
             row["detail"] += ", all steps of the chain together"

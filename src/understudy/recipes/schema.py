@@ -126,6 +126,12 @@ class Recipe(Section):
                 "and data.labelled_fraction"
                 for name in label_users(self.distillation, uses_none=False)
             ]
+        int8 = [text for text in self.release.targets if text.endswith("/int8")]
+        if (self.compression.quantizes or int8) and self.data.calibration_fraction == 0:
+            problems.append(
+                "int8 is calibrated on pictures of its own: set data.calibration_fraction, for "
+                "instance to 0.02"
+            )
         if self.student.checkpoint is not None and (self.control or self.finetuning is not None):
             problems.append(
                 "a student with a checkpoint is not trained: set control to false and drop "

@@ -16,6 +16,7 @@ from understudy.recipes.run import Run
 from understudy.recipes.strategies import DeepToShallow
 from understudy.train.balance import build_balance
 from understudy.train.curriculum import CurriculumOrder, answered_labels, teacher_difficulty
+from understudy.train.distill_settings import DistillSettings
 from understudy.train.distillation import DistillObjective
 from understudy.train.feed import SampleOrder
 from understudy.train.objective import LabelObjective, Objective, value_at
@@ -24,11 +25,17 @@ from understudy.train.terms import TermContext, build_terms, student_taps
 NUM_SCORED_VIEWS = 4
 
 
-def student_objective(run: Run, model: nn.Module) -> Objective:
-    """Return what the student minimises: the losses of the recipe in the way of its strategy."""
+def student_objective(
+    run: Run, model: nn.Module, settings: DistillSettings | None = None
+) -> Objective:
+    """Return what the student minimises: the losses of the recipe in the way of its strategy.
+
+    Args:
+        settings: other losses than those of the recipe.
+    """
     if isinstance(run.recipe.strategy, DeepToShallow):  # the rest is between its exits
         return LabelObjective(run.recipe.training.label_smoothing)
-    settings = run.recipe.distillation
+    settings = run.recipe.distillation if settings is None else settings
     taps = student_taps(settings)
     # The student's first weights are drawn already; adapters come from a seed of their own.
     torch.manual_seed(run.seed_for("weights", "parts"))
@@ -36,15 +43,14 @@ def student_objective(run: Run, model: nn.Module) -> Objective:
         settings,
         run.recipe.training.label_smoothing,
         taps=Taps(model, taps) if taps else None,
-        terms=build_terms(settings, term_context(run, model)),
+        terms=build_terms(settings, term_context(run, model, settings)),
         balance=build_balance(settings),
     )
     return beside_objective(run, model, alone)
 
 
-def term_context(run: Run, model: nn.Module) -> TermContext:
+def term_context(run: Run, model: nn.Module, settings: DistillSettings) -> TermContext:
     """Return what the losses have to know of both networks and of the training split."""
-    settings = run.recipe.distillation
     needs_shapes = bool(student_taps(settings))
     return TermContext(
         student_shapes=tap_shapes(model, run.source.image_shape) if needs_shapes else {},

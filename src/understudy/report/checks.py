@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from understudy.report import judges
+from understudy.report import compression_judges, judges
 from understudy.report.judges import Finding, Status
 from understudy.report.results import RunResults
 
@@ -200,5 +200,33 @@ CHECKS: tuple[Check, ...] = (
         raised_when="two standard errors of the student's test accuracy are over 2 points (tip)",
         mend="Use more test images or several seeds before trusting small differences.",
         judge=judges.accuracy_is_precise,
+    ),
+    Check(
+        code="US016",
+        title="Compression kept",
+        raised_when="a step of compression lost more than its gates allow and was taken back",
+        mend="Ask for less in one step, fine-tune longer, or allow more float layers.",
+        judge=compression_judges.steps_are_kept,
+    ),
+    Check(
+        code="US017",
+        title="Pruned student faster",
+        raised_when="a pruned student is not faster in the runtime, beyond noise",
+        mend="Prune to multiples of 8 channels (round_to), or prune to a latency_ms.",
+        judge=compression_judges.pruned_is_faster,
+    ),
+    Check(
+        code="US018",
+        title="Every artifact in budget",
+        raised_when="a shipped artifact misses a limit, or a limit was not measured for it",
+        mend="Compress further, leave that target out, or raise the limit.",
+        judge=compression_judges.artifacts_keep_the_budget,
+    ),
+    Check(
+        code="US019",
+        title="Every artifact run",
+        raised_when="a shipped artifact cannot be run on this machine (tip)",
+        mend="Run it where its runtime is, for instance with `understudy profile --host`.",
+        judge=compression_judges.artifacts_ran,
     ),
 )

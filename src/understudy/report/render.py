@@ -26,6 +26,7 @@ from understudy.artifacts import write_json, write_text
 from understudy.report import formats, tables
 from understudy.report.charts import MAX_TABLE_CLASSES, all_charts
 from understudy.report.checks import Verdict, run_checks
+from understudy.report.compression_views import compression_context
 from understudy.report.exit_curve import EXIT_COLUMNS, exit_charts, exit_rows, exit_sentence
 from understudy.report.results import RESULTS_SCHEMA_VERSION, ROLES, RunResults
 from understudy.report.views import confusion_cells, epoch_table, hardware_facts, tiles
@@ -100,11 +101,13 @@ def render_html(results: RunResults, verdicts: Sequence[Verdict]) -> str:
 
 
 def sections_of(results: RunResults) -> list[tuple[str, str]]:
-    """Return the page's sections: those of every run, and the one of early exits."""
+    """Return the page's sections: those of every run, early exits, compression and release."""
     sections = list(SECTIONS)
     if results.exits is not None:
         place = sections.index(("export", "Exported file")) + 1
         sections.insert(place, ("exits", "Early exits"))
+    if results.compression is not None:
+        sections.insert(sections.index(("data", "Data")), ("compression", "Release"))
     return sections
 
 
@@ -149,6 +152,7 @@ def shared_context(results: RunResults, verdicts: Sequence[Verdict]) -> dict[str
         "exit_columns": EXIT_COLUMNS,
         "exit_rows": exit_rows(results),
         "exit_sentence": exit_sentence(results),
+        **compression_context(results),
     }
 
 

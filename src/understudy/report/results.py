@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from pydantic import TypeAdapter, ValidationError
 
 from understudy.errors import InputError, problem
+from understudy.report.compression_results import BudgetLine, CompressionFacts
 from understudy.report.exit_results import ExitFacts
 from understudy.report.strict import Strict
 
@@ -142,18 +143,6 @@ class Measurement(Strict):
 
 
 @dataclass(frozen=True)
-class BudgetLine(Strict):
-    """One limit of the budget and what was found; ``unit`` is that of both numbers."""
-
-    name: str
-    limit: float
-    unit: str
-    status: Literal["passed", "failed", "not_measured"]
-    measured: float | None = None
-    detail: str = ""
-
-
-@dataclass(frozen=True)
 class Mistake(Strict):
     """One test image that the student gets wrong. Classes are indices into the class names."""
 
@@ -217,6 +206,7 @@ class RunResults(Strict):
         members: the teachers of an ensemble, of which "teacher" is all together; empty otherwise.
         beside: peers, or the student's average, that were trained in the same updates.
         exits: early exits of the student; None where the recipe has none.
+        compression: how the student was made smaller and what ships; None before that.
     """
 
     run_name: str
@@ -243,6 +233,8 @@ class RunResults(Strict):
     lineage: tuple[LineageRow, ...] = ()
     members: tuple[MemberRow, ...] = ()
     beside: tuple[LineageRow, ...] = ()
+    exits: ExitFacts | None = None
+    compression: CompressionFacts | None = None
 
     @property
     def teaching(self) -> str:
@@ -253,8 +245,6 @@ class RunResults(Strict):
     def has_teacher(self) -> bool:
         """Whether there is a teacher at all: peers and the own average need none."""
         return "teacher" in self.models or self.recipe.get("teacher", {}) is not None
-
-    exits: ExitFacts | None = None
 
     def test(self, role: Role) -> SplitMetrics | None:
         """Return the role's metrics on the test split, None where it was not evaluated there."""

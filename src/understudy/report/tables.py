@@ -9,7 +9,8 @@ from typing import Literal
 
 from understudy.report import formats
 from understudy.report.checks import Verdict
-from understudy.report.results import ROLES, BudgetLine, Role, RunResults, SplitMetrics
+from understudy.report.compression_results import BudgetLine
+from understudy.report.results import ROLES, Role, RunResults, SplitMetrics
 from understudy.report.sampling import (
     NUM_STANDARD_ERRORS,
     accuracy_difference,

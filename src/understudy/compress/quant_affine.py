@@ -1,0 +1,65 @@
+"""The arithmetic of int8: scales, zero points, and rounding in float (fake quantisation).
+
+Weights are symmetric and have a scale for each output channel, activations are affine uint8 with
+one scale (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", equation 1): ``value = scale * (q - zero_point)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Without -128, so that the range is symmetric: TFLite demands it, and a product of two weights'
+# worth of -128 is what saturates first on CPUs without VNNI.
+WEIGHT_MIN, WEIGHT_MAX = -127, 127
+ACTIVATION_MIN, ACTIVATION_MAX = 0, 255
+# A channel whose weights are all (nearly) zero would get a scale so small that its bias, in units
+# of input scale times weight scale, leaves int32. All channels share the scale of their output, so
+# a channel 4096 times below the largest one has no digit in it to lose.
+_MIN_RELATIVE_SCALE = 2.0**-12
+_MIN_SCALE = 2.0**-24
+
+
+def weight_scales(weight: Tensor, *, channel_axis: int = 0) -> Tensor:
+    """Return the scale of each output channel, float32 [channels].
+
+    Args:
+        weight: of a convolution or linear layer.
+        channel_axis: axis of the output channels.
+    """
+    others = [axis for axis in range(weight.dim()) if axis != channel_axis]
+    scales = weight.detach().abs().amax(dim=others).float() / WEIGHT_MAX
+    floor = (scales.max() * _MIN_RELATIVE_SCALE).clamp(min=_MIN_SCALE)
+    return torch.maximum(scales, floor)
+
+
+def activation_scale(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (scale, zero point) of activations between two values; zero is always in the range.
+
+    Args:
+        minimum: float, one value; ``maximum`` likewise.
+
+    Returns:
+        float32 [1] and int32 [1]. Zero falls on the zero point exactly, so that padding is exact.
+    """
+    low = minimum.detach().reshape(1).float().clamp(max=0)
+    high = maximum.detach().reshape(1).float().clamp(min=0)
+    scale = ((high - low) / (ACTIVATION_MAX - ACTIVATION_MIN)).clamp(min=_MIN_SCALE)
+    zero_point = (ACTIVATION_MIN - torch.round(low / scale)).clamp(ACTIVATION_MIN, ACTIVATION_MAX)
+    return scale, zero_point.to(torch.int32)
+
+
+def fake_quantize_weight(weight: Tensor, scales: Tensor, *, channel_axis: int = 0) -> Tensor:
+    """Return the weight rounded to int8 and back; gradients pass where nothing was clipped."""
+    zero_points = torch.zeros_like(scales, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(
+        weight, scales, zero_points, channel_axis, WEIGHT_MIN, WEIGHT_MAX
+    )
+
+
+def fake_quantize_activation(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return the values rounded to uint8 and back; gradients pass where nothing was clipped."""
+    return torch.fake_quantize_per_tensor_affine(
+        values, scale, zero_point, ACTIVATION_MIN, ACTIVATION_MAX
+    )

@@ -1,0 +1,289 @@
+"""What ``understudy profile`` prints: one artifact, or a network's operators, or two compared."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from understudy.errors import InputError, MissingExtraError, problem
+from understudy.evaluate.artifact_profile import ArtifactProfile, profile_artifact
+from understudy.evaluate.compare import Comparison, compare_artifacts
+from understudy.evaluate.devices import load_device
+from understudy.evaluate.fresh_process import describe_fresh
+from understudy.evaluate.remote import Ssh
+from understudy.evaluate.runtime_files import RuntimeFile, runtime_file
+from understudy.export.target_names import TARGETS
+from understudy.models.catalog import CATALOG, nearest
+from understudy.progress import shown_progress
+from understudy.runtime import num_usable_cores
+
+if TYPE_CHECKING:
+    from understudy.evaluate.operators import OperatorTable
+
+ImageShape = tuple[int, int, int]
+DEFAULT_SHAPE = (3, 32, 32)
+NUM_CLASSES = 10
+SEED = 0
+
+
+@dataclass(frozen=True)
+class ProfileAnswer:
+    """What was found out; ``--json`` prints it as it is, otherwise the texts stand in a row."""
+
+    profile: ArtifactProfile
+    operators: OperatorTable | None
+    comparison: Comparison | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the parts as plain dicts; None where there is none."""
+        return {
+            "profile": self.profile.to_json(),
+            "operators": None if self.operators is None else self.operators.to_json(),
+            "comparison": None if self.comparison is None else self.comparison.to_json(),
+        }
+
+    def to_text(self) -> str:
+        """Return the parts as text, an empty line between them."""
+        parts = (self.profile, self.operators, self.comparison)
+        return "\n\n".join(part.to_text() for part in parts if part is not None)
+
+
+def profile_command(
+    target: str,
+    *,
+    against: str | None = None,
+    device: str | None = None,
+    host: str | None = None,
+    batches: Sequence[int] | None = None,
+    threads: Sequence[int | str] | None = None,
+    as_json: bool = False,
+    shape: str | None = None,
+    ssh_options: Sequence[str] = (),
+    python: str = "python3",
+) -> str:
+    """Return what the command prints.
+
+    The pixels are random ones of a fixed seed: speed does not depend on them.
+
+    Args:
+        target: an exported file, a folder that holds one, or a built-in network's name, which is
+            run as eager PyTorch with fresh weights.
+        against: another one, or for a network an export target to export it for; it is the
+            reference of the ratios.
+        device: a device profile, by name or file, whose limits are judged.
+        host: ``user@device[:port]`` to measure ``target`` on; nothing is compared there.
+        batches: None: 1 and 100.
+        threads: numbers or "all"; None: 1.
+        shape: "C,H,W" of the pictures; None: as the file says, or 3,32,32 for a network.
+        ssh_options: of ssh, each ``Name=value``, such as ``IdentityFile=PATH``.
+        python: Python on the host.
+
+    Raises:
+        InputError: what was given is wrong.
+        MissingExtraError, UnderstudyError: as ``profile_artifact`` and ``compare_artifacts``.
+    """
+    profile_of = None if device is None else load_device(device)
+    ssh = None if host is None else Ssh(host, options=tuple(ssh_options), python=python)
+    batch, counts = tuple(batches or (1, 100)), _thread_counts(threads or (1,), host=host)
+    _check(batch, against=against, ssh=ssh)
+    with tempfile.TemporaryDirectory(prefix="understudy-") as folder:
+        file = _resolve(target, shape, Path(folder) / "target")
+        image_shape = _image_shape(file, shape)
+        random = np.random.default_rng(SEED)
+        images_NCHW = random.integers(0, 256, (max(batch), *image_shape), dtype=np.uint8)
+        other = None
+        if against is not None:
+            other = _other(against, target, image_shape, Path(folder) / "against")
+        settings: dict[str, Any] = {"batch_sizes": batch, "num_threads": counts}
+        with shown_progress(f"measuring {target}") as progress:
+            profile = profile_artifact(
+                file, images_NCHW, **settings, device=profile_of, ssh=ssh, progress=progress
+            )
+        operators = None if ssh is not None else _operators(target, file, images_NCHW, counts[0])
+        comparison = None
+        if other is not None:
+            with shown_progress(f"comparing with {against}") as progress:
+                comparison = compare_artifacts(
+                    [other, file], images_NCHW, **settings, progress=progress
+                )
+    answer = ProfileAnswer(profile, operators, comparison)
+    return json.dumps(answer.to_json(), indent=2) if as_json else answer.to_text()
+
+
+def parse_shape(text: str) -> ImageShape:
+    """Return (C, H, W) of "C,H,W".
+
+    Raises:
+        InputError: it is something else.
+    """
+    parts = text.replace("x", ",").split(",")
+    if len(parts) == 3 and all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        channels, height, width = (int(part) for part in parts)
+        return channels, height, width
+    raise InputError(
+        problem(
+            f"the shape of the pictures is '{text}'",
+            expected="channels, height and width, such as 3,32,32",
+            mend="Correct it.",
+        )
+    )
+
+
+def _thread_counts(threads: Sequence[int | str], *, host: str | None) -> tuple[int, ...]:
+    if "all" in threads and host is not None:
+        raise InputError(
+            problem(
+                "--threads all together with --host",
+                expected="a number: the other machine has its own",
+                mend="Give the number.",
+            )
+        )
+    counts = [
+        num_usable_cores() if text == "all" else int(text) if str(text).isdecimal() else 0
+        for text in threads
+    ]
+    if min(counts) < 1:
+        raise InputError(
+            problem(
+                f"--threads is {', '.join(map(str, threads))}",
+                expected="whole numbers of at least 1, or all",
+                mend="Correct it.",
+            )
+        )
+    return tuple(sorted(set(counts)))
+
+
+def _check(batch: Sequence[int], *, against: str | None, ssh: Ssh | None) -> None:
+    problems = []
+    if min(batch) < 1:
+        problems.append(
+            problem(
+                f"--batch is {', '.join(map(str, batch))}",
+                expected="whole numbers of at least 1",
+                mend="Correct it.",
+            )
+        )
+    if against is not None and ssh is not None:
+        problems.append(
+            problem(
+                "--against together with --host",
+                expected="one of them: files are compared on this machine",
+                mend="Drop one, or run the command on that machine.",
+            )
+        )
+    if ssh is not None:
+        ssh.command()
+    if problems:
+        raise InputError(*problems)
+
+
+def _resolve(target: str, shape: str | None, folder: Path) -> RuntimeFile:
+    """Return the file to run: the user's, or one that describes a network, written to folder."""
+    if target in CATALOG and not Path(target).exists():
+        from understudy.evaluate.eager import write_eager
+
+        image_shape = DEFAULT_SHAPE if shape is None else parse_shape(shape)
+        path = write_eager(folder, target, num_classes=NUM_CLASSES, image_shape=image_shape)
+        return runtime_file(path)
+    path = Path(target)
+    if not path.exists():
+        raise InputError(
+            problem(
+                f"there is no file '{target}'{nearest(target, list(CATALOG))}",
+                expected=f"an exported file, or a network: {', '.join(CATALOG)}",
+                mend="Correct it.",
+            )
+        )
+    return runtime_file(path)
+
+
+def _image_shape(file: RuntimeFile, shape: str | None) -> ImageShape:
+    if shape is not None:
+        return parse_shape(shape)
+    if file.runtime == "onnx":
+        told: Any = _onnx_shape(file.path)
+    else:
+        told = describe_fresh(file)["facts"].get("image_shape")
+    if told is None or len(told) != 3 or not all(isinstance(size, int) for size in told):
+        raise InputError(
+            problem(
+                f"{file.path} does not say what pictures it takes",
+                expected="their shape",
+                mend="Give it: --shape C,H,W.",
+            )
+        )
+    channels, height, width = told
+    return channels, height, width
+
+
+def _onnx_shape(path: Path) -> list[Any]:
+    """Return sizes of the input but for its batch, without the packages that write such files."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise MissingExtraError("onnxruntime", "predict") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), sess_options=options, providers=["CPUExecutionProvider"]
+        )
+    # ONNX Runtime's exceptions have no common base but Exception.
+    except Exception as error:
+        raise InputError(
+            problem(
+                f"ONNX Runtime cannot load {path} ({error})",
+                expected="an intact ONNX file",
+                mend="Export the model again.",
+            )
+        ) from None
+    return list(session.get_inputs()[0].shape[1:])
+
+
+def _other(against: str, target: str, image_shape: ImageShape, folder: Path) -> RuntimeFile:
+    """Return what the target is compared with."""
+    shape = ",".join(map(str, image_shape))
+    if against not in TARGETS or Path(against).exists():
+        return _resolve(against, shape, folder)
+    if target not in CATALOG:
+        raise InputError(
+            problem(
+                f"--against {against} is an export target and '{target}' a file",
+                expected="another file or a network",
+                mend="Name the file that was exported for that target.",
+            )
+        )
+    from understudy.export.target import ExportSource, find_target
+    from understudy.models.build import build_network
+
+    network = build_network(target, num_classes=NUM_CLASSES, image_shape=image_shape)
+    names = tuple(str(label) for label in range(NUM_CLASSES))
+    source = ExportSource(network.eval(), image_shape, names)
+    folder.mkdir(parents=True, exist_ok=True)
+    return runtime_file(find_target(against).export(source, folder, precision="float32"))
+
+
+def _operators(
+    target: str, file: RuntimeFile, images_NCHW: np.ndarray, num_threads: int
+) -> OperatorTable | None:
+    # A machine that only runs files has no torch; the figures of the file are known all the same.
+    if file.runtime not in ("onnx", "eager") or importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    from understudy.evaluate.eager import EagerModel
+    from understudy.evaluate.operators import torch_operators
+    from understudy.evaluate.operators_onnx import onnx_operators
+
+    batch_NCHW = torch.from_numpy(images_NCHW)
+    if file.runtime == "onnx":
+        return onnx_operators(file.path, batch_NCHW, num_threads=num_threads)
+    model = EagerModel(file.path).model
+    return torch_operators(model, batch_NCHW, name=target, num_threads=num_threads)

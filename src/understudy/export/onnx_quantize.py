@@ -1,0 +1,379 @@
+"""An int8 ONNX file: float32 graph with quantise and dequantise nodes (QDQ), for ONNX Runtime.
+
+Weights are int8 with a scale for each output channel, activations uint8 with one range each.
+Pictures are normalised in float32 and rounded once after that; logits are not rounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, numpy_helper
+from torch import Tensor, nn
+
+from understudy.errors import InputError, problem
+from understudy.export.onnx_file import DEFAULT_OPSET, _strip, build_proto, portable_copy
+
+CalibrationMethod = Literal["minmax", "percentile", "entropy"]
+CALIBRATION_METHODS = ("minmax", "percentile", "entropy")
+DEFAULT_PERCENTILE = 99.99
+_BATCH_SIZE = 32
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_OPS = (
+    "Add",
+    "AveragePool",
+    "Clip",
+    "Concat",
+    "Flatten",
+    "Gather",
+    "GlobalAveragePool",
+    "LeakyRelu",
+    "MaxPool",
+    "Mul",
+    "Pad",
+    "Relu",
+    "Reshape",
+    "Resize",
+    "Sigmoid",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+    *_WEIGHTED,
+)
+_MAX_INT32 = 2**31 - 1
+
+
+def static_int8_proto(
+    model: nn.Module,
+    calibration_NCHW: Tensor,
+    *,
+    image_shape: tuple[int, int, int],
+    float_layers: Sequence[str] = (),
+    method: CalibrationMethod = "minmax",
+    percentile: float = DEFAULT_PERCENTILE,
+) -> onnx.ModelProto:
+    """Return the int8 graph of a trained float model, calibrated on images after training.
+
+    Args:
+        model: as for ``export_onnx``.
+        calibration_NCHW: uint8 or float images of the calibration split; a few hundred are enough.
+        float_layers: names of modules of ``model`` that stay in float32.
+        method: how an activation's range is found: its extremes, extremes without the tails, or
+            the range whose rounding keeps the distribution nearest (Migacz 2017).
+        percentile: for "percentile": share of values kept, in percent.
+
+    Raises:
+        InputError: no images, an unknown method or layer.
+        ModelError: as for ``export_onnx``.
+    """
+    _check_request(model, calibration_NCHW, image_shape, float_layers, method)
+    example_NCHW = torch.full((2, *image_shape), 0.5)
+    proto = build_proto(portable_copy(model), example=example_NCHW, opset=DEFAULT_OPSET)
+    excluded = float_nodes(proto, float_layers)
+    _require_int8_layers(proto, excluded, float_layers)
+    quantized = _quantize(proto, calibration_NCHW, excluded, method=method, percentile=percentile)
+    return finish_int8(quantized)
+
+
+def aware_int8_proto(quantized: nn.Module, image_shape: tuple[int, int, int]) -> onnx.ModelProto:
+    """Return the int8 graph of a network that torchao's ``convert_pt2e`` made.
+
+    Raises:
+        ModelError: an operator that ONNX cannot express.
+    """
+    example_NCHW = torch.full((2, *image_shape), 0.5)
+    return finish_int8(build_proto(quantized, example=example_NCHW, opset=DEFAULT_OPSET))
+
+
+def finish_int8(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Strip an int8 graph and make explicit what ONNX Runtime would otherwise guess."""
+    _strip(proto)
+    graph = _Graph(proto)
+    for node in list(proto.graph.node):
+        if node.op_type in ("Conv", "Gemm"):
+            graph.quantize_bias(node)
+            graph.keep_float(node)
+    graph.sort()
+    return proto
+
+
+def float_nodes(proto: onnx.ModelProto, float_layers: Sequence[str]) -> list[str]:
+    """Return the names of the nodes that stay in float32.
+
+    They are the weighted nodes of these modules, everything before the first weighted node that is
+    quantised and everything after the last one. A node belongs to the module whose parameters it
+    reads: the exporter gives those the names that they have in the model.
+    """
+    nodes = list(proto.graph.node)
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    prefixes = tuple(f"{name}." for name in float_layers)
+    weighted = [
+        node
+        for node in nodes
+        if node.op_type in _WEIGHTED
+        and any(name in weights for name in node.input)
+        and not (prefixes and any(name.startswith(prefixes) for name in node.input))
+    ]
+    after, leading = set(), set()
+    produced = {name for node in weighted for name in node.output}
+    wanted = {name for node in weighted for name in node.input}
+    for node in nodes:  # in topological order
+        if produced.intersection(node.input):
+            produced.update(node.output)
+            after.add(node.name)
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            leading.add(node.name)
+    kept = {node.name for node in weighted}
+    for node in nodes:
+        if node.op_type not in _WEIGHTED and node.name in after & leading:
+            kept.add(node.name)
+    return [node.name for node in nodes if node.name not in kept]
+
+
+class CalibrationImages:
+    """Feeds batches to ONNX Runtime's calibration, as many at a time as it asks for."""
+
+    def __init__(self, images_NCHW: Tensor, input_name: str) -> None:
+        pixels_NCHW = images_NCHW.cpu().numpy()
+        if pixels_NCHW.dtype == np.uint8:
+            pixels_NCHW = pixels_NCHW.astype(np.float32) / np.float32(255)
+        starts = range(0, len(pixels_NCHW), _BATCH_SIZE)
+        self.batches = [pixels_NCHW[start : start + _BATCH_SIZE] for start in starts]
+        self.input_name = input_name
+        self.set_range(0, len(self.batches))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Choose the batches that ``get_next`` gives."""
+        self.waiting = list(range(start_index, end_index))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """Return the next batch, or None after the last one."""
+        if not self.waiting:
+            return None
+        return {self.input_name: self.batches[self.waiting.pop(0)]}
+
+
+def _quantize(
+    proto: onnx.ModelProto,
+    images_NCHW: Tensor,
+    excluded: Sequence[str],
+    *,
+    method: CalibrationMethod,
+    percentile: float,
+) -> onnx.ModelProto:
+    from onnxruntime import quantization
+
+    methods = {
+        "minmax": quantization.CalibrationMethod.MinMax,
+        "percentile": quantization.CalibrationMethod.Percentile,
+        "entropy": quantization.CalibrationMethod.Entropy,
+    }
+    reader = CalibrationImages(images_NCHW, proto.graph.input[0].name)
+    # Says that the graph needs no preparation (batch norm is folded in already), which ONNX Runtime
+    # would otherwise advise on the user's screen.
+    onnx.helper.set_model_props(proto, {"onnx.quant.pre_process": "onnxruntime.quant"})
+    # ONNX Runtime prints how far it is with percentile and entropy.
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory(prefix="understudy-") as folder, quiet:
+        path = Path(folder) / "int8.onnx"
+        quantization.quantize_static(
+            proto,
+            path,
+            reader,
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=sorted(_OPS),
+            nodes_to_exclude=list(excluded),
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            calibrate_method=methods[method],
+            extra_options={
+                # Logits are not rounded; between layers the next one's input is.
+                "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
+                "CalibPercentile": percentile,
+                # One batch's activations in memory at a time, not those of all images.
+                "CalibStridedMinMax": 1,
+            },
+        )
+        return onnx.load(path)
+
+
+class _Graph:
+    """An ONNX graph with its nodes and constants by the name of what they give."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self.graph = proto.graph
+        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.producers = {name: node for node in self.graph.node for name in node.output}
+
+    def dequantize(self, name: str) -> NodeProto | None:
+        """Return the node that gives this tensor if it is a DequantizeLinear."""
+        node = self.producers.get(name)
+        return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+    def array(self, name: str) -> np.ndarray | None:
+        """Return a constant."""
+        tensor = self.constants.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
+    def add_constant(self, name: str, values: np.ndarray) -> str:
+        """Add a constant and return its name."""
+        tensor = numpy_helper.from_array(values, name)
+        self.graph.initializer.append(tensor)
+        self.constants[name] = tensor
+        return name
+
+    def add_dequantize(self, name: str, inputs: Iterable[str], *, axis: int | None) -> str:
+        """Add a DequantizeLinear and return the name of its output."""
+        attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+        node = onnx.helper.make_node(
+            "DequantizeLinear", list(inputs), [name], name=f"{name}_node", **attributes
+        )
+        self.graph.node.append(node)
+        self.producers[name] = node
+        return name
+
+    def quantize_bias(self, node: NodeProto) -> None:
+        """Give a quantised node its bias in int32, in units of input scale times weight scale.
+
+        Without it the last layer, whose output is not quantised, would run in float32.
+        """
+        features, weight = self.dequantize(node.input[0]), self.dequantize(node.input[1])
+        bias = self.array(node.input[2]) if len(node.input) > 2 else None
+        if features is None or weight is None or bias is None or bias.dtype != np.float32:
+            return
+        scale, scales = self.array(features.input[1]), self.array(weight.input[1])
+        if scale is None or scales is None or scale.size != 1:
+            return
+        units = np.float32(scale.reshape(())) * scales.reshape(-1)
+        levels = np.round(bias.astype(np.float64) / units)
+        if np.abs(levels).max(initial=0) > _MAX_INT32 or units.size not in (1, bias.size):
+            return
+        name = node.output[0]
+        levels_name = self.add_constant(f"{name}_bias_int32", levels.astype(np.int32))
+        one = units.size == 1
+        scale_name = self.add_constant(f"{name}_bias_scale", units.reshape(()) if one else units)
+        node.input[2] = self.add_dequantize(
+            f"{name}_bias", [levels_name, scale_name], axis=None if one else 0
+        )
+
+    def keep_float(self, node: NodeProto) -> None:
+        """Keep ONNX Runtime from quantising the float weight of a node between int8 tensors.
+
+        It does so (with one scale for all channels) where the input is dequantised with one scale;
+        with the same scale written once for each channel it leaves the weight alone.
+        """
+        features, weight = self.dequantize(node.input[0]), self.array(node.input[1])
+        if features is None or weight is None or weight.dtype != np.float32:
+            return
+        scale, zero_point = (self.array(name) for name in features.input[1:3])
+        if scale is None or zero_point is None or scale.size != 1:
+            return
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        is_row = node.op_type == "Gemm" and not attributes.get("transB", 0)
+        num_channels = weight.shape[0 if is_row else 1] * attributes.get("group", 1)
+        name = f"{node.output[0]}_float"
+        scale_name = self.add_constant(f"{name}_scale", scale.reshape(1).repeat(num_channels))
+        zero_name = self.add_constant(f"{name}_zero", zero_point.reshape(1).repeat(num_channels))
+        node.input[0] = self.add_dequantize(
+            f"{name}_input", [features.input[0], scale_name, zero_name], axis=1
+        )
+
+    def sort(self) -> None:
+        """Put added nodes before those that read them, and drop what nothing reads."""
+        outputs = [value.name for value in self.graph.output]
+        wanted, ordered, done = list(outputs), [], set()
+        while wanted:
+            node = self.producers.get(wanted[-1])
+            if node is None or node.output[0] in done:
+                wanted.pop()
+                continue
+            missing = [
+                name
+                for name in node.input
+                if name in self.producers and self.producers[name].output[0] not in done
+            ]
+            if missing:
+                wanted += missing[::-1]
+                continue
+            ordered.append(node)
+            done.add(node.output[0])
+        nodes = [NodeProto.FromString(node.SerializeToString()) for node in ordered]
+        read = {name for node in nodes for name in node.input}
+        kept = [
+            TensorProto.FromString(tensor.SerializeToString())
+            for tensor in self.graph.initializer
+            if tensor.name in read
+        ]
+        self.graph.ClearField("node")
+        self.graph.ClearField("initializer")
+        self.graph.node.extend(nodes)
+        self.graph.initializer.extend(kept)
+
+
+def _require_int8_layers(
+    proto: onnx.ModelProto, excluded: Sequence[str], float_layers: Sequence[str]
+) -> None:
+    left = [n for n in proto.graph.node if n.op_type in _WEIGHTED and n.name not in set(excluded)]
+    if not left:
+        raise InputError(
+            problem(
+                f"no layer is left to quantise (float_layers: {list(float_layers)})",
+                expected="at least one convolution or linear layer in int8",
+                mend="Name fewer float layers, or export in float32.",
+            )
+        )
+
+
+def _check_request(
+    model: nn.Module,
+    images_NCHW: Tensor,
+    image_shape: tuple[int, int, int],
+    float_layers: Sequence[str],
+    method: str,
+) -> None:
+    problems = []
+    if images_NCHW.ndim != 4 or len(images_NCHW) == 0 or images_NCHW.shape[1:] != image_shape:
+        problems.append(
+            problem(
+                f"calibration images have shape {tuple(images_NCHW.shape)}",
+                expected=f"at least one image, [n, {', '.join(map(str, image_shape))}]",
+                mend="Set data.calibration_fraction above 0.",
+            )
+        )
+    if method not in CALIBRATION_METHODS:
+        problems.append(
+            problem(
+                f"the calibration method is '{method}'",
+                expected=f"one of {', '.join(CALIBRATION_METHODS)}",
+                mend="Correct the name.",
+            )
+        )
+    known: Mapping[str, nn.Module] = dict(model.named_modules())
+    leaves = [name for name, module in known.items() if isinstance(module, nn.Conv2d | nn.Linear)]
+    problems += [
+        problem(
+            f"the float layer '{name}' is not in the model",
+            expected=f"one of {', '.join(leaves)}, or a module that holds some",
+            mend="Correct the name.",
+        )
+        for name in float_layers
+        if name not in known or name == ""
+    ]
+    if problems:
+        raise InputError(*problems)

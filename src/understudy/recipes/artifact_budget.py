@@ -1,0 +1,96 @@
+"""Whether every set of files that ships keeps the budget, of the recipe and of its device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from understudy.artifacts import RECORD_NAME, Record
+from understudy.evaluate.budget import Budget, BudgetFacts, BudgetRow, check_budget
+from understudy.evaluate.devices import Device, device_budget, estimate_time, facts_for
+from understudy.recipes.artifact_energy import device_of
+from understudy.recipes.artifacts import artifact_kind, wanted_artifacts
+from understudy.recipes.compress import KIND
+from understudy.recipes.compressed import last_network
+from understudy.recipes.run import Run
+
+
+def artifact_budgets(run: Run) -> dict[str, list[BudgetRow]]:
+    """Return the budget's rows of every artifact that belongs to the run as it is, by stage."""
+    if not (run.folder / KIND / RECORD_NAME).exists():
+        return {}
+    compressed = Record.load(run.folder / KIND)
+    kinds = [artifact_kind(*found) for found in wanted_artifacts(run, last_network(compressed))]
+    records = [
+        Record.load(run.folder / kind)
+        for kind in kinds
+        if (run.folder / kind / RECORD_NAME).exists()
+    ]
+    return {
+        record.kind: artifact_budget(run, record)
+        for record in records
+        if record.parents.get(KIND) == compressed.hash
+    }
+
+
+def release_budget(run: Run) -> Budget:
+    """Return the limits of the recipe, and of its device where the recipe has none."""
+    device = device_of(run)
+    own = run.recipe.budget.model_dump(exclude_none=True)
+    return Budget.model_validate({**({} if device is None else device_budget(device)), **own})
+
+
+def artifact_budget(run: Run, record: Record) -> list[BudgetRow]:
+    """Return the rows of the budget for one artifact."""
+    device, payload, timing = device_of(run), record.payload, record.timing
+    chip = chip_facts(timing, device)
+    energy = timing.get("energy") or {}
+    facts = BudgetFacts(
+        num_params=payload["num_params"],
+        model_size_bytes=payload["size_bytes"],
+        measurements=rows_of_latency(timing),
+        peak_memory_bytes=timing.get("memory", {}).get("peak_memory_bytes"),
+        train_hours=run.parent("student", "train").timing["train_seconds"] / 3600,
+        flash_bytes=chip.get("flash_bytes"),
+        ram_bytes=ram_of(chip, payload["facts"]),
+        energy_mj=energy.get("energy_mj") if energy.get("method") == "counter" else None,
+        estimates=estimates_of(chip, device),
+    )
+    if device is not None:
+        facts = facts_for(device, facts, is_on_device=False)
+    return check_budget(release_budget(run), facts=facts)
+
+
+def rows_of_latency(timing: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the measured times of an artifact, those of a page as one picture on one thread."""
+    if "browser" in timing:
+        found = timing["browser"]
+        return [{"batch_size": 1, "num_threads": 1, **found}]
+    rows: list[dict[str, Any]] = timing.get("latency", {}).get("measurements", [])
+    return rows
+
+
+def chip_facts(timing: Mapping[str, Any], device: Device | None) -> dict[str, Any]:
+    """Return flash, RAM and instructions of the microcontroller that the release is for."""
+    chips: dict[str, dict[str, Any]] = timing.get("microcontrollers", {})
+    if not chips:
+        return {}
+    if device is not None and device.cpu is not None:
+        return chips.get(device.cpu, {})
+    return next(iter(chips.values()))
+
+
+def ram_of(chip: Mapping[str, Any], facts: Mapping[str, Any]) -> int | None:
+    """Return static memory, pixels and stack of C code, or the arena of an interpreter."""
+    if chip:
+        return sum(int(chip[name]) for name in ("ram_bytes", "input_bytes", "peak_stack_bytes"))
+    arena: int | None = facts.get("arena_bytes")
+    return arena
+
+
+def estimates_of(chip: Mapping[str, Any], device: Device | None) -> dict[str, str]:
+    """Return what a device's clock makes of a count of instructions, in a sentence."""
+    if device is None or not chip:
+        return {}
+    found = estimate_time(device, round(chip["instructions_per_image"]))
+    return {} if found is None else {"latency_ms": f"{found.milliseconds:.3g} ms, {found.source}"}

@@ -1,0 +1,210 @@
+"""Making the student smaller, step by step; a step that loses more than its gates is taken back.
+
+Every step is a stage of its own, made from the last state that was kept. After each one the same
+evaluator looks at the validation split. The test split is not read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from understudy.artifacts import Record
+from understudy.compress.settings import Gates, PruneStep, QuantizeStep
+from understudy.evaluate.accuracy import evaluate_logits
+from understudy.evaluate.budget import BudgetFacts, check_budget
+from understudy.evaluate.latency import measure_latency
+from understudy.evaluate.memory import measure_memory
+from understudy.progress import log
+from understudy.recipes.compressed import Network
+from understudy.recipes.evaluate import LOGITS_NAME
+from understudy.recipes.further_training import is_guided
+from understudy.recipes.gates import GateRow, check_budget_kept, check_gates, reason_of
+from understudy.recipes.prune_step import prune_step
+from understudy.recipes.quantize_step import quantize_step
+from understudy.recipes.run import Run
+
+KIND = "compression"
+# What the ONNX file of a step can be asked for; training time is the student's own.
+FILE_LIMITS = ("num_params", "model_size_bytes", "latency_ms", "peak_memory_bytes")
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of the student with what is known of it on the validation split."""
+
+    network: Network
+    record: Record
+    metrics: dict[str, Any]
+    budget: list[dict[str, Any]]
+
+
+def compress(run: Run) -> Record:
+    """Run every step of the recipe; return the record of what is left.
+
+    Raises:
+        InputError: a stage before is missing, a limit cannot be reached, or there are no
+            calibration pictures.
+    """
+    steps = run.recipe.compression.steps
+    for step in steps:
+        is_guided(run, step)  # before hours of training
+    state = trained_student(run)
+    first, records = state.record, []
+    for number, step in enumerate(steps, start=1):
+        record = run_step(run, number, step, state)
+        records.append(record)
+        if record.payload["kept"]:
+            state = after_step(state, record)
+    parents = {record.kind: record.hash for record in (first, *records)}
+    stage = run.begin(KIND, section=run.recipe.section("compression"), parents=parents)
+    if stage.record is not None:
+        return stage.record
+    return stage.finish(
+        {
+            "steps": [record.kind for record in records],
+            "network": state.network.to_json(),
+            "metrics": state.metrics,
+        }
+    )
+
+
+def trained_student(run: Run) -> State:
+    """Return the student as its training and export left it."""
+    evaluation = run.parent("evaluation", "evaluate")
+    exported = run.parent("export", "export")
+    metrics = evaluation.payload["metrics"]["student"]["validation"]
+    facts = BudgetFacts(
+        num_params=evaluation.payload["costs"]["student"]["num_params"],
+        model_size_bytes=exported.payload["facts"]["size_bytes"],
+        measurements=exported.timing["latency"]["measurements"],
+        peak_memory_bytes=exported.timing["memory"]["peak_memory_bytes"],
+    )
+    return State(Network(), run.parent("student", "train"), metrics, budget_rows(run, facts))
+
+
+def after_step(state: State, record: Record) -> State:
+    """Return the state that a kept step left."""
+    return State(
+        Network.from_json(record.payload["network"]),
+        record,
+        record.payload["metrics"],
+        record.timing["budget"],
+    )
+
+
+def run_step(run: Run, number: int, step: PruneStep | QuantizeStep, state: State) -> Record:
+    """Return the record of one step, run now unless it was finished."""
+    gates = step.gates or run.recipe.compression.gates
+    kind = f"{KIND}-{number}-{step.name}"
+    names = ("seed", "views", "device", "distillation", "strategy", "budget", "measurement")
+    section = run.recipe.section(*names)
+    section |= {"step": step.model_dump(mode="json"), "gates": gates.model_dump(mode="json")}
+    parents = {state.record.kind: state.record.hash}
+    parents["evaluation"] = run.parent("evaluation", "evaluate").hash
+    stage = run.begin(kind, section=section, parents=parents)
+    if stage.record is not None:
+        return stage.record
+    judge = Judge(run, gates, state)
+    if isinstance(step, PruneStep):
+        made = prune_step(run, stage, step, state.network)
+    else:
+        made = quantize_step(run, stage, step, state.network, judge=judge.passes)
+    metrics = validation_of(run, made.logits_NK)
+    budget = measured_budget(run, made.num_params, stage.folder / made.file)
+    rows = judge.rows(metrics, budget if gates.budget else [])
+    reason = reason_of(rows)
+    verdict = f"taken back: {reason}" if reason else "kept"
+    log.info("%s: %.2f %% validation accuracy, %s", kind, 100 * metrics["accuracy"], verdict)
+    payload = {
+        "name": made.name,
+        "kept": not reason,
+        "reason": reason,
+        "network": made.network.to_json(),
+        "metrics": metrics,
+        "accuracy_before": state.metrics["accuracy"],
+        "num_params": made.num_params,
+        "macs": made.macs,
+        "file_bytes": (stage.folder / made.file).stat().st_size,
+        "float_layers": list(made.network.float_layers),
+        "details": made.details,
+        "gates": [row.to_json() for row in rows if not row.name.startswith("budget.")],
+    }
+    # What was measured of time is no part of what was made.
+    timed = [row.to_json() for row in rows if row.name.startswith("budget.")]
+    timing = {"budget": budget, "budget_gates": timed, "speed": made.speed}
+    return stage.finish(payload, files=made.files, timing=timing)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Compares what a step made with what went in."""
+
+    run: Run
+    gates: Gates
+    before: State
+
+    def rows(self, metrics: Mapping[str, Any], budget: list[dict[str, Any]]) -> list[GateRow]:
+        """Return one row a gate."""
+        rows = check_gates(self.gates, self.before.metrics, metrics)
+        return rows + check_budget_kept(self.before.budget, budget)
+
+    def passes(self, logits_NK: Tensor) -> bool:
+        """Return whether these answers on the validation split keep the gates on accuracy."""
+        return not reason_of(self.rows(validation_of(self.run, logits_NK), []))
+
+
+def validation_of(run: Run, logits_NK: Tensor) -> dict[str, Any]:
+    """Return the metrics of answers on the validation split, against the teacher's."""
+    stored = load_file(run.folder / "evaluation" / LOGITS_NAME)
+    return evaluate_logits(
+        logits_NK,
+        run.source.labels_N[run.splits.validation],
+        class_names=run.source.class_names,
+        teacher_logits_NK=stored.get("teacher.validation"),
+    ).to_json()
+
+
+def measured_budget(run: Run, num_params: int, path: Path) -> list[dict[str, Any]]:
+    """Return the budget's rows for the ONNX file of a step, measured as far as limits ask."""
+    limits = run.recipe.budget
+    images_NCHW = run.source.images(run.splits.validation[:100]).numpy()
+    measurements: list[dict[str, Any]] = []
+    if limits.latency_ms is not None:
+        latency = measure_latency(
+            path,
+            images_NCHW,
+            batch_sizes=(limits.latency_ms.batch,),
+            num_threads=(limits.latency_ms.threads,),
+            min_seconds=run.recipe.measurement.min_seconds,
+        )
+        measurements = latency.to_json()["measurements"]
+    peak = None
+    if limits.peak_memory_bytes is not None:
+        peak = measure_memory(path, images_NCHW).peak_memory_bytes
+    return budget_rows(
+        run,
+        BudgetFacts(
+            num_params=num_params,
+            model_size_bytes=path.stat().st_size,
+            measurements=measurements,
+            peak_memory_bytes=peak,
+        ),
+    )
+
+
+def budget_rows(run: Run, facts: BudgetFacts) -> list[dict[str, Any]]:
+    """Return the rows of the limits that a file can be asked for."""
+    asked = run.recipe.budget.model_copy(
+        update={
+            name: None
+            for name in type(run.recipe.budget).model_fields
+            if name not in (*FILE_LIMITS, "strict")
+        }
+    )
+    return [row.to_json() for row in check_budget(asked, facts=facts)]

@@ -1,0 +1,125 @@
+"""What the records of compression and release say, as values for the run's report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from understudy.artifacts import RECORD_NAME, Record
+from understudy.evaluate.budget import BudgetRow
+from understudy.recipes.compress import KIND
+from understudy.recipes.run import Run
+
+
+def compression_values(
+    run: Run, budget: Mapping[str, Sequence[BudgetRow]] | None = None
+) -> dict[str, Any] | None:
+    """Return steps and artifacts as the report's results hold them; None where there are none.
+
+    Records that were made from an earlier student, or from a part of the recipe that has changed
+    since, are left out.
+
+    Args:
+        budget: by stage, the rows of every artifact; None: no artifact is shown.
+    """
+    steps = current_steps(run)
+    if steps is None:
+        return None
+    artifacts = [Record.load(run.folder / kind) for kind in budget or {}]
+    return {
+        "steps": [step_values(record) for record in steps],
+        "artifacts": [artifact_values(record, (budget or {})[record.kind]) for record in artifacts],
+        "device": run.recipe.release.device,
+    }
+
+
+def current_steps(run: Run) -> list[Record] | None:
+    """Return the steps that were made from the run's student and recipe as they are now."""
+    if not (run.folder / KIND / RECORD_NAME).exists():
+        return None
+    last = Record.load(run.folder / KIND)
+    student = run.parent("student", "train")
+    if last.parents.get("student") != student.hash or last.recipe != run.recipe.section(KIND):
+        return None
+    return [Record.load(run.folder / kind) for kind in last.payload["steps"]]
+
+
+def compressed_budget(run: Run) -> dict[str, dict[str, Any]]:
+    """Return the budget's rows of the student as compression left it, by limit.
+
+    Empty where no step was kept: then the student's own are what counts.
+    """
+    kept = [record for record in current_steps(run) or [] if record.payload["kept"]]
+    if not kept:
+        return {}
+    rows = {row["name"]: row for row in kept[-1].timing["budget"]}
+    return {
+        name: {**row, "detail": f"{row['detail']}, after compression"} for name, row in rows.items()
+    }
+
+
+def step_values(record: Record) -> dict[str, Any]:
+    """Return one step as the report's results hold it."""
+    payload, timing = record.payload, record.timing
+    speed = timing["speed"]
+    return {
+        "name": payload["name"],
+        "kept": payload["kept"],
+        "reason": payload["reason"],
+        "gates": [*payload["gates"], *timing["budget_gates"]],
+        "accuracy_before": payload["accuracy_before"],
+        "accuracy": payload["metrics"]["accuracy"],
+        "num_params": payload["num_params"],
+        "macs": payload["macs"],
+        "file_bytes": payload["file_bytes"],
+        "speedup": None if speed is None else speed["speedup"],
+        "speedup_quartiles": None if speed is None else speed["quartiles"],
+        "float_layers": payload["float_layers"],
+        "seconds": timing["stage_seconds"],
+    }
+
+
+def artifact_values(record: Record, budget: Sequence[BudgetRow]) -> dict[str, Any]:
+    """Return one artifact as the report's results hold it."""
+    payload, timing = record.payload, record.timing
+    parity, metrics = payload["parity"], payload["metrics"]
+    single = single_picture(timing)
+    return {
+        "target": payload["target"],
+        "precision": payload["precision"],
+        "size_bytes": payload["size_bytes"],
+        "accuracy": None if metrics is None else metrics["accuracy"],
+        "num_images": payload["num_images"],
+        "agreement": None if parity is None else parity["top1_agreement"],
+        "max_abs_difference": None if parity is None else parity["max_abs_difference"],
+        "p50_ms": single.get("p50_ms"),
+        "p95_ms": single.get("p95_ms"),
+        "load_ms": single.get("load_ms"),
+        "peak_memory_bytes": timing.get("memory", {}).get("peak_memory_bytes"),
+        "energy": timing.get("energy"),
+        "facts": plain_facts(payload["facts"]) | chips(timing),
+        "notes": payload["notes"],
+        "budget": [row.to_json() for row in budget],
+    }
+
+
+def single_picture(timing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the measured row of one picture with one thread; empty where there is none."""
+    if "browser" in timing:
+        return dict(timing["browser"])
+    rows = timing.get("latency", {}).get("measurements", [])
+    return next((r for r in rows if (r["batch_size"], r["num_threads"]) == (1, 1)), {})
+
+
+def plain_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts that are one figure or word each."""
+    return {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
+
+
+def chips(timing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was measured for each microcontroller, one flat name a figure."""
+    return {
+        f"{cpu} {name}": value
+        for cpu, found in timing.get("microcontrollers", {}).items()
+        for name, value in plain_facts(found).items()
+    }

@@ -1,0 +1,133 @@
+"""What a package says beside its files: the model card, preprocessing, reference statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from safetensors.torch import load_file
+
+from understudy import __version__
+from understudy.artifacts import Record
+from understudy.evaluate.budget import BudgetRow
+from understudy.package.card import ModelCard, ScoreRow
+from understudy.package.statistics import reference_statistics
+from understudy.package.writing import PackageContents
+from understudy.recipes.evaluate import LOGITS_NAME
+from understudy.recipes.members import teacher_name
+from understudy.recipes.networks import model_section
+from understudy.recipes.run import Run
+
+
+def package_contents(
+    run: Run, records: Sequence[Record], budget: Mapping[str, Sequence[BudgetRow]]
+) -> PackageContents:
+    """Return the contents of a release's package; equal runs give equal contents."""
+    indices_N = run.splits.validation
+    images_NCHW = run.source.images(indices_N).numpy()
+    logits_NK = load_file(run.folder / "evaluation" / LOGITS_NAME)["student.validation"].numpy()
+    resized = run.recipe.data.image_size is not None
+    return PackageContents(
+        name=run.recipe.name,
+        version=records[0].hash[:12],
+        created=records[0].created,
+        class_names=run.source.class_names,
+        image_shape=run.source.image_shape,
+        card=model_card(run, records, budget),
+        statistics=reference_statistics(images_NCHW, logits_NK, class_names=run.source.class_names),
+        resize="stretch" if resized else "shorter_side_center_crop",
+        measured={artifact_name(record): measured_facts(record) for record in records},
+    )
+
+
+def artifact_name(record: Record) -> str:
+    """Return the name of an artifact in its package."""
+    return f"{record.payload['target']}-{record.payload['precision']}"
+
+
+def measured_facts(record: Record) -> dict[str, Any]:
+    """Return what was measured of an artifact, as flat figures."""
+    payload, timing = record.payload, record.timing
+    facts: dict[str, Any] = {}
+    if payload["metrics"] is not None:
+        facts["accuracy"] = payload["metrics"]["accuracy"]
+    if payload["parity"] is not None:
+        facts["same_answer_as_trained"] = payload["parity"]["top1_agreement"]
+    single = [
+        row
+        for row in timing.get("latency", {}).get("measurements", [])
+        if (row["batch_size"], row["num_threads"]) == (1, 1)
+    ]
+    if single:
+        facts |= {"latency_p50_ms": single[0]["p50_ms"], "latency_p95_ms": single[0]["p95_ms"]}
+    if "memory" in timing:
+        facts["peak_memory_bytes"] = timing["memory"]["peak_memory_bytes"]
+    return facts
+
+
+def model_card(
+    run: Run, records: Sequence[Record], budget: Mapping[str, Sequence[BudgetRow]]
+) -> ModelCard:
+    """Return the card of the first artifact that was run, with the budget of all."""
+    recipe, source = run.recipe, run.source
+    evaluation = run.parent("evaluation", "evaluate").payload
+    split = run.parent("split", "teach").payload
+    shipped = next((record for record in records if record.payload["metrics"]), records[0])
+    metrics = shipped.payload["metrics"] or evaluation["metrics"]["student"]["test"]
+    costs = evaluation["costs"]
+    teacher: dict[str, Any] = {"network": "none"}
+    if run.teachers:
+        teacher = {"network": teacher_name(run), "parameters": costs["teacher"]["num_params"]}
+        teacher["test accuracy"] = evaluation["metrics"]["teacher"]["test"]["accuracy"]
+    counts = [sum(row) for row in metrics["confusion"]]
+    scores = zip(source.class_names, metrics["per_class_accuracy"], counts, strict=True)
+    rows = [
+        {**row.to_json(), "name": f"{kind.removeprefix('artifact-')}: {row.name}"}
+        for kind, found in budget.items()
+        for row in found
+    ]
+    student = run.parent("student", "train")
+    return ModelCard(
+        summary=f"Classifies pictures of {source.image_shape[2]} x {source.image_shape[1]} pixels "
+        f"into {len(source.class_names)} classes: {', '.join(source.class_names[:20])}.",
+        licence=recipe.release.licence,
+        data={
+            "source": split["source"],
+            "fingerprint": split["fingerprint"],
+            **{f"{name} samples": number for name, number in split["num_samples"].items()},
+        },
+        teacher=teacher,
+        student={
+            "network": model_section(run, "student").name,
+            "parameters": shipped.payload["num_params"],
+            "shipped first": artifact_name(shipped),
+        },
+        metrics={"test accuracy": metrics["accuracy"], "test samples": metrics["num_samples"]},
+        per_class=[ScoreRow(name, accuracy, number) for name, accuracy, number in scores],
+        calibration={
+            "expected calibration error": metrics["ece"],
+            "Brier score": metrics["brier"],
+            "negative log-likelihood": metrics["nll"],
+        },
+        budget=rows,
+        intended_use=[recipe.release.intended_use] if recipe.release.intended_use else (),
+        limits=limits_of(metrics, source.class_names),
+        versions=student.versions,
+        hardware={name: str(value) for name, value in student.hardware.items()},
+        commands=[f"understudy release recipe.yaml  # understudy {__version__}"],
+    )
+
+
+def limits_of(metrics: Mapping[str, Any], class_names: Sequence[str]) -> list[str]:
+    """Return what is known not to work well, from the figures themselves."""
+    known = [
+        (accuracy, name)
+        for name, accuracy in zip(class_names, metrics["per_class_accuracy"], strict=True)
+        if accuracy is not None
+    ]
+    worst, name = min(known)
+    return [
+        f"The worst class is {name}: {worst:.2%} of its test pictures are right.",
+        "Every picture gets one of these classes, also one that shows none of them.",
+        "Figures are those of the test split; other cameras, light or framing were not tested.",
+    ]

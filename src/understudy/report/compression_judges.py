@@ -1,0 +1,82 @@
+"""What the coded checks look at in compression and shipped files."""
+
+from __future__ import annotations
+
+from understudy.report import formats
+from understudy.report.judges import Finding
+from understudy.report.results import RunResults
+
+NOTHING = "\u2014"
+
+
+def missed_limits(results: RunResults) -> list[tuple[str, ...]]:
+    """Return limit, measured and margin of everything that is not kept, one row a limit."""
+    if results.compression is None:
+        return []
+    return [
+        (
+            artifact.name,
+            line.name,
+            formats.quantity(line.limit, line.unit),
+            "not measured" if line.measured is None else formats.quantity(line.measured, line.unit),
+            NOTHING
+            if line.measured is None
+            else f"{100 * (line.limit - line.measured) / line.limit:+.1f} %",
+        )
+        for artifact in results.compression.artifacts
+        for line in artifact.budget
+        if line.status != "passed"
+    ]
+
+
+def steps_are_kept(results: RunResults) -> Finding:
+    """US016: was no step of compression taken back?"""
+    if results.compression is None or not results.compression.steps:
+        return "not_applicable", "The student was not compressed."
+    lost = [f"{s.name} ({s.reason})" for s in results.compression.steps if not s.kept]
+    if lost:
+        return "issue", f"Taken back: {'; '.join(lost)}."
+    return "passed", f"All {len(results.compression.steps)} steps kept their gates."
+
+
+def pruned_is_faster(results: RunResults) -> Finding:
+    """US017: is what was pruned faster in the runtime?"""
+    steps = [] if results.compression is None else results.compression.steps
+    pruned = [step for step in steps if step.name.startswith("prune") and step.kept]
+    if not pruned:
+        return "not_applicable", "Nothing was pruned."
+    if any(step.speedup_quartiles is None for step in pruned):
+        return "skipped", "The pruned student was not timed against the one before."
+    told = ", ".join(f"{step.name} {step.speedup:.2f} times" for step in pruned)
+    if any(
+        step.speedup_quartiles is not None and step.speedup_quartiles[0] <= 1 for step in pruned
+    ):
+        return "issue", f"Fewer multiply-adds are not less time here: {told} as fast as before."
+    return "passed", f"Pruning is worth it in ONNX Runtime: {told} as fast as before."
+
+
+def artifacts_keep_the_budget(results: RunResults) -> Finding:
+    """US018: does every file that ships keep the budget, and is it measured?"""
+    artifacts = () if results.compression is None else results.compression.artifacts
+    if not artifacts:
+        return "not_applicable", "Nothing was released."
+    missed = missed_limits(results)
+    if missed:
+        told = "; ".join(
+            f"{name}: {limit} {measured}, limit {most}" for name, limit, most, measured, _ in missed
+        )
+        return "issue", f"Not kept: {told}."
+    if not any(artifact.budget for artifact in artifacts):
+        return "not_applicable", "No budget was given."
+    return "passed", f"All {len(artifacts)} artifacts keep every limit, as measured."
+
+
+def artifacts_ran(results: RunResults) -> Finding:
+    """US019: was every file that ships run here?"""
+    artifacts = () if results.compression is None else results.compression.artifacts
+    if not artifacts:
+        return "not_applicable", "Nothing was released."
+    not_run = [artifact.name for artifact in artifacts if artifact.accuracy is None]
+    if not_run:
+        return "tip", f"Not run here, so not proved: {', '.join(not_run)}."
+    return "passed", f"All {len(artifacts)} artifacts answered the whole test split."

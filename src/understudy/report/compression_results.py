@@ -1,0 +1,104 @@
+"""How a student was made smaller and what ships, as typed records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from understudy.report.strict import Strict
+
+GateStatus = Literal["passed", "failed", "not_measured"]
+
+
+@dataclass(frozen=True)
+class GateFacts(Strict):
+    """One gate of a step; ``loss`` is what got worse, None where it is not known."""
+
+    name: str
+    before: float | None
+    after: float | None
+    loss: float | None
+    limit: float
+    status: GateStatus
+
+
+@dataclass(frozen=True)
+class StepFacts(Strict):
+    """One step of compression, on the validation split.
+
+    Attributes:
+        name: "prune" or "quantize", and how.
+        kept: False where the step was taken back, for ``reason``.
+        accuracy_before, accuracy: of what went in and of what came out.
+        num_params, macs, file_bytes: of what came out, the file as ONNX.
+        speedup: median time of a picture in ONNX Runtime with one thread, before over after;
+            ``speedup_quartiles`` over neighbouring pairs of runs. None where not measured.
+    """
+
+    name: str
+    kept: bool
+    reason: str
+    gates: tuple[GateFacts, ...]
+    accuracy_before: float
+    accuracy: float
+    num_params: int
+    macs: int | None
+    file_bytes: int
+    speedup: float | None = None
+    speedup_quartiles: tuple[float, float] | None = None
+    float_layers: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class BudgetLine(Strict):
+    """One limit of the budget and what was found; ``unit`` is that of both numbers."""
+
+    name: str
+    limit: float
+    unit: str
+    status: Literal["passed", "failed", "not_measured"]
+    measured: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class ArtifactFacts(Strict):
+    """One shipped set of files, on the test split and in its own runtime.
+
+    Attributes:
+        accuracy, agreement, max_abs_difference: None where it cannot be run here (see ``notes``).
+        agreement: share of pictures with the class that the network before export says.
+        p50_ms, p95_ms: of one picture with one thread.
+        facts: what the target says of its files: flash and RAM bytes, arena bytes, instructions.
+    """
+
+    target: str
+    precision: str
+    size_bytes: int
+    accuracy: float | None
+    num_images: int
+    agreement: float | None
+    max_abs_difference: float | None
+    p50_ms: float | None
+    p95_ms: float | None
+    load_ms: float | None
+    peak_memory_bytes: int | None
+    energy: dict[str, Any] | None
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+    budget: tuple[BudgetLine, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Target and precision in one word."""
+        return f"{self.target}/{self.precision}"
+
+
+@dataclass(frozen=True)
+class CompressionFacts(Strict):
+    """Everything between the trained student and the files that ship."""
+
+    steps: tuple[StepFacts, ...]
+    artifacts: tuple[ArtifactFacts, ...]
+    device: str | None = None

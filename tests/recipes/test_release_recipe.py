@@ -1,0 +1,206 @@
+"""From a recipe to a package: steps behind gates, files in their runtimes, budget, resumption."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tiny_run import TINY_RECIPE, TinyRun
+from understudy.artifacts import Record
+from understudy.package.reading import read_package
+
+pytest.importorskip("torchao", reason="needs the extra compress")
+pytest.importorskip("torch_pruning", reason="needs the extra compress")
+
+LOOSE = {"accuracy_drop": 1.0, "worst_class_drop": 1.0, "agreement_drop": 1.0, "ece_rise": 1.0}
+FURTHER = {"num_epochs": 1, "batch_size": 64, "optimizer": {"name": "adamw", "learning_rate": 0.01}}
+PRUNE = {"name": "prune", "num_macs": 10_000, "num_rounds": 2, "training": FURTHER}
+AWARE = {"name": "quantize", "method": "aware", "training": FURTHER}
+
+
+def small_recipe(**changes):
+    values = yaml.safe_load(TINY_RECIPE)
+    values["data"]["calibration_fraction"] = 0.1
+    values["student"] = {
+        "model": {"name": "separable", "arguments": {"stages": [[8, 1], [16, 2], [16, 1]]}}
+    }
+    values["control"] = False
+    values["training"] |= {"num_epochs": 3}
+    values["compression"] = {"steps": [PRUNE, AWARE], "gates": LOOSE}
+    values["release"] = {"targets": ["onnx", "onnx/float32"]}
+    return {**values, **changes}
+
+
+def written(folder, **changes):
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(**changes)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def released(warm, tmp_path_factory):
+    """A finished release. Tests only read it; see ``copied``."""
+    folder = tmp_path_factory.mktemp("released")
+    run = TinyRun(folder / "run", folder / "home")
+    finished = warm.run("release", written(folder), "--out", run.folder, home=run.home)
+    assert finished.code == 0, finished.err
+    return run, finished
+
+
+@pytest.fixture
+def copied(released, tmp_path):
+    run = TinyRun(tmp_path / "run", tmp_path / "home")
+    shutil.copytree(released[0].folder, run.folder)
+    shutil.copytree(released[0].home, run.home)
+    return run
+
+
+def hashes(folder):
+    return {p.parent.name: Record.load(p.parent).hash for p in folder.glob("*/record.json")}
+
+
+def test_a_release_prunes_quantises_and_packs(released):
+    run, finished = released
+    prune, quantize = run.record("compression-1-prune"), run.record("compression-2-quantize")
+    assert (
+        prune.payload["macs"]
+        <= 10_000
+        < Record.load(run.folder / "evaluation").payload["costs"]["student"]["macs"]
+    )
+    assert prune.payload["kept"]
+    assert quantize.payload["kept"]
+    int8, float32 = run.record("artifact-onnx-int8"), run.record("artifact-onnx-float32")
+    assert int8.payload["metrics"]["num_samples"] == int8.payload["num_images"] > 500
+    assert float32.payload["parity"]["passed"]
+    assert "package:" in finished.out
+    names = {entry.name for entry in read_package(run.folder / "release").manifest.artifacts}
+    assert names == {"onnx-int8", "onnx-float32"}
+
+
+def test_the_report_shows_steps_and_files(released):
+    run, _ = released
+    page = (run.folder / "report" / "report.html").read_text()
+    assert '<h2 id="compression">' in page
+    assert "quantize (aware)" in page
+    results = json.loads((run.folder / "report" / "report.json").read_text())["results"]
+    assert [step["kept"] for step in results["compression"]["steps"]] == [True, True]
+    assert results["compression"]["artifacts"][0]["budget"] == []
+
+
+def test_the_package_answers_as_the_artifact_does(released, warm, tmp_path):
+    run, _ = released
+    picture = tmp_path / "digit.png"
+    Image.fromarray(np.full((8, 8), 90, np.uint8)).save(picture)
+    finished = warm.run("predict", run.folder / "release", picture, "--json", home=run.home)
+    assert finished.code == 0, finished.err
+    (prediction,) = json.loads(finished.out)["predictions"]
+    assert len(prediction["guesses"]) == 3
+
+
+def test_what_is_finished_is_not_done_again(copied, warm):
+    before = hashes(copied.folder)
+    finished = warm.run("release", copied.folder, home=copied.home)
+    assert finished.code == 0, finished.err
+    assert "compression-2-quantize: unchanged, reused" in finished.err
+    assert ": started" not in finished.err
+    assert hashes(copied.folder) == before
+
+
+def test_a_killed_release_ends_as_an_unbroken_one(released, warm, tmp_path):
+    run = TinyRun(tmp_path / "run", tmp_path / "home")
+    recipe = written(tmp_path)
+    expected = hashes(released[0].folder)
+    for stage, delay_s in (("compression-1-prune", 0.4), ("compression-2-quantize", 1.5)):
+        command = warm.start("release", recipe, "--out", run.folder, home=run.home)
+        while f" {stage}: started" not in command.err():
+            assert command.poll() is None, command.err()
+            time.sleep(0.01)
+        time.sleep(delay_s)
+        command.kill()
+        command.wait()
+    finished = warm.run("release", run.folder, home=run.home)
+    assert finished.code == 0, finished.err
+    assert hashes(run.folder) == expected
+
+
+def test_a_step_that_loses_too_much_is_taken_back(copied, warm):
+    finished = warm.run(
+        "compress",
+        copied.folder,
+        "--set",
+        "compression.steps=" + json.dumps([{**PRUNE, "num_macs": 4000, "training": None}, AWARE]),
+        "--set",
+        "compression.gates=" + json.dumps({**LOOSE, "accuracy_drop": 0.02}),
+        home=copied.home,
+    )
+    assert finished.code == 0, finished.err
+    prune = copied.record("compression-1-prune")
+    assert not prune.payload["kept"]
+    assert "accuracy_drop" in prune.payload["reason"]
+    # The next step begins with what was there before.
+    quantize = copied.record("compression-2-quantize")
+    assert "student" in quantize.parents
+    assert quantize.payload["network"]["shapes"] is None
+    assert "US016 issue" in finished.out
+
+
+def test_a_missed_budget_ends_with_code_3_and_without_a_package(copied, warm):
+    shutil.rmtree(copied.folder / "release")
+    finished = warm.run(
+        "release", copied.folder, "--set", "budget.model_size_bytes=100", home=copied.home
+    )
+    assert finished.code == 3
+    assert not (copied.folder / "release").exists()
+    assert "US018 issue" in finished.out
+
+
+def test_what_a_strict_budget_asks_for_must_be_measured(copied, warm):
+    limits = ["--set", "budget.energy_mj=1000"]
+    finished = warm.run("release", copied.folder, *limits, home=copied.home)
+    energy = copied.record("artifact-onnx-int8").timing["energy"]
+    if energy["method"] == "counter":
+        pytest.skip("this machine has energy counters")
+    assert finished.code == 0, finished.err
+    finished = warm.run(
+        "release", copied.folder, *limits, "--set", "budget.strict=true", home=copied.home
+    )
+    assert finished.code == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["--target", "onx"], ["no target 'onx'", "expected one of onnx"]),
+        (["--target", "onnx/int4"], ["no precision 'int4'"]),
+        (["--device", "toaster"], ["there is no device 'toaster'", "cortex-m4"]),
+        (["--target", "onnx/int8", "--set", "data.calibration_fraction=0"], ["calibration_frac"]),
+        (["--set", 'compression.steps=[{"name":"prune"}]'], ["give num_params, num_macs or"]),
+        (
+            ["--set", "compression.steps=" + json.dumps([AWARE, PRUNE])],
+            ["quantize is the last step"],
+        ),
+    ],
+)
+def test_bad_input_is_said_before_anything_runs(warm, tmp_path, arguments, texts):
+    run = tmp_path / "run"
+    finished = warm.run(
+        "release", written(tmp_path), "--out", run, *arguments, home=tmp_path / "home"
+    )
+    assert finished.code == 2
+    assert all(text in finished.err for text in texts), finished.err
+    assert "Traceback" not in finished.err
+    assert not Path(run / "split").exists()
+
+
+def test_a_limit_below_what_pruning_can_reach_is_an_error(copied, warm):
+    steps = json.dumps([{**PRUNE, "num_macs": 10}])
+    finished = warm.run(
+        "compress", copied.folder, "--set", f"compression.steps={steps}", home=copied.home
+    )
+    assert finished.code == 2
+    assert "num_macs" in finished.err
