@@ -159,7 +159,7 @@ def build_proto(
     with _quiet_exporter():
         captured = _capture(model, example)
         proto = _translate(captured, opset, input_name, output_names)
-    _strip(proto)
+    strip(proto)
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_param = "batch"
     return proto
@@ -342,7 +342,7 @@ def _export_error(model: nn.Module | None, layer: str, reason: str) -> ModelErro
     )
 
 
-def _strip(proto: onnx.ModelProto) -> None:
+def strip(proto: onnx.ModelProto) -> None:
     """Remove what the exporter leaves for its own debugging: often more bytes than the weights."""
     graph = proto.graph
     graph.name = "understudy"

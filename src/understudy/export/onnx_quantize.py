@@ -20,7 +20,7 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from understudy.errors import InputError, problem
-from understudy.export.onnx_file import DEFAULT_OPSET, _strip, build_proto, portable_copy
+from understudy.export.onnx_file import DEFAULT_OPSET, strip, build_proto, portable_copy
 
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 CALIBRATION_METHODS = ("minmax", "percentile", "entropy")
@@ -97,7 +97,7 @@ def aware_int8_proto(quantized: nn.Module, image_shape: tuple[int, int, int]) ->
 
 def finish_int8(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Strip an int8 graph and make explicit what ONNX Runtime would otherwise guess."""
-    _strip(proto)
+    strip(proto)
     graph = _Graph(proto)
     for node in list(proto.graph.node):
         if node.op_type in ("Conv", "Gemm"):

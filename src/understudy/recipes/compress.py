@@ -17,7 +17,7 @@ from torch import Tensor
 from understudy.artifacts import Record
 from understudy.compress.settings import Gates, PruneStep, QuantizeStep
 from understudy.evaluate.accuracy import evaluate_logits
-from understudy.evaluate.budget import BudgetFacts, check_budget
+from understudy.evaluate.budget import Budget, BudgetFacts, check_budget
 from understudy.evaluate.latency import measure_latency
 from understudy.evaluate.memory import measure_memory
 from understudy.progress import log
@@ -102,8 +102,8 @@ def run_step(run: Run, number: int, step: PruneStep | QuantizeStep, state: State
     """Return the record of one step, run now unless it was finished."""
     gates = step.gates or run.recipe.compression.gates
     kind = f"{KIND}-{number}-{step.name}"
-    names = ("seed", "views", "device", "distillation", "strategy", "budget", "measurement")
-    section = run.recipe.section(*names)
+    names = ("seed", "views", "device", "distillation", "strategy", "measurement")
+    section = run.recipe.section(*names) | {"budget": file_budget(run).model_dump(mode="json")}
     section |= {"step": step.model_dump(mode="json"), "gates": gates.model_dump(mode="json")}
     parents = {state.record.kind: state.record.hash}
     parents["evaluation"] = run.parent("evaluation", "evaluate").hash
@@ -200,11 +200,9 @@ def measured_budget(run: Run, num_params: int, path: Path) -> list[dict[str, Any
 
 def budget_rows(run: Run, facts: BudgetFacts) -> list[dict[str, Any]]:
     """Return the rows of the limits that a file can be asked for."""
-    asked = run.recipe.budget.model_copy(
-        update={
-            name: None
-            for name in type(run.recipe.budget).model_fields
-            if name not in (*FILE_LIMITS, "strict")
-        }
-    )
-    return [row.to_json() for row in check_budget(asked, facts=facts)]
+    return [row.to_json() for row in check_budget(file_budget(run), facts=facts)]
+
+
+def file_budget(run: Run) -> Budget:
+    """Return the limits that a file can be asked for."""
+    return Budget(**{name: getattr(run.recipe.budget, name) for name in FILE_LIMITS})
