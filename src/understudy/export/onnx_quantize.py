@@ -20,7 +20,7 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from understudy.errors import InputError, problem
-from understudy.export.onnx_file import DEFAULT_OPSET, strip, build_proto, portable_copy
+from understudy.export.onnx_file import DEFAULT_OPSET, build_proto, portable_copy, strip
 
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 CALIBRATION_METHODS = ("minmax", "percentile", "entropy")

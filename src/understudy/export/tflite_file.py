@@ -1,0 +1,272 @@
+"""A trained model as a ``.tflite`` flatbuffer, for LiteRT and for TensorFlow Lite Micro.
+
+Format of the file:
+    input: [1, H, W, C], float32 with values in [0, 1], or int8 with the scale and zero point that
+        the file names (channels last is what kernels for phones and microcontrollers read)
+    output: [1, K] logits, float32 or int8 likewise
+    names: an operator's output is named after the layer it comes from
+    metadata ``understudy`` (when asked for): JSON, what it takes and returns and where it is from
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from understudy.export.onnx_file import file_entries, portable_copy
+from understudy.export.target import ExportSource, require_package
+from understudy.export.tracing import (
+    calibration_batches,
+    cannot_export,
+    check_float_layers,
+    layer_of,
+    quiet,
+    trace,
+)
+
+METADATA_NAME = "understudy"
+MAX_CALIBRATION_IMAGES = 500
+# What the converter calls the only input and signature of a model.
+_INPUT_NAME = "args_0"
+_SIGNATURE_NAME = "serving_default"
+_NO_OPERATOR = re.compile(r"Lowering not found: ([\w.]+)")
+# Classes of ``_named_after_layers``, as they stand in the converter's locations.
+_LAYER = re.compile(r"layer\.([^$/;]*)\$")
+_WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
+# The one entry of the converter's metadata that runtimes read.
+_KEPT_METADATA = b"min_runtime_version"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of a file, in the order of execution; ``layer`` is "" where not known."""
+
+    name: str
+    layer: str
+
+
+class ChannelsLast(nn.Module):
+    """The model for images NHWC."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_NHWC: Tensor) -> Tensor:
+        logits_NK: Tensor = self.model(images_NHWC.permute(0, 3, 1, 2))
+        return logits_NK
+
+
+def convert(source: ExportSource, *, target: str) -> bytes:
+    """Return the float32 file of one image.
+
+    Raises:
+        MissingExtraError: litert-torch is not installed.
+        ModelError: an operator that LiteRT lacks, named with its layer.
+    """
+    model = portable_copy(source.model)
+    check_float_layers(model, source.float_layers)
+    channels, height, width = source.image_shape
+    named = ChannelsLast(_named_after_layers(model)).eval()
+    with quiet():
+        converter = require_package("litert_torch", target=target, package="litert-torch")
+        try:
+            example_NHWC = torch.full((1, height, width, channels), 0.5)
+            content: bytes = converter.convert(named, (example_NHWC,)).model_content()
+        # The converter traces user code and lowers it in C++: any exception can come out of it.
+        except Exception as error:
+            example_NCHW = torch.full((1, *source.image_shape), 0.5)
+            program = trace(model, example_NCHW, target=target)
+            found = _NO_OPERATOR.search(str(error))
+            operator = "" if found is None else found[1]
+            layer = layer_of(program, operator) if operator else ""
+            raise cannot_export(
+                target, reason=str(error), layer=layer, operator=operator
+            ) from error
+        return _with_short_names(content, weighted=_weighted_layers(model))
+
+
+def quantize(content: bytes, source: ExportSource, *, target: str, float_ends: bool) -> bytes:
+    """Return the int8 file of a float32 one: weights by channel, activations by tensor.
+
+    Args:
+        content: as ``convert`` returns it.
+        float_ends: keep float32 images and logits, with a conversion inside the file.
+
+    Raises:
+        MissingExtraError: ai-edge-quantizer is not installed.
+        InputError: there are no calibration images.
+    """
+    calibration_NCHW = source.calibration(target)
+    with quiet():
+        quantizing, calibrating, recipes, ranges = (
+            require_package(f"ai_edge_quantizer.{name}", target=target, package="ai-edge-quantizer")
+            for name in ("quantizer", "calibrator", "recipe_manager", "utils.qsv_utils")
+        )
+        quantizer = quantizing.Quantizer(content)
+        not_quantized = quantizing.AlgorithmName.NO_QUANTIZE
+        names = quantizing.qtyping.TFLOperationName
+        quantizer.add_static_config(
+            ".*", names.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8
+        )
+        if float_ends:
+            for end in (names.INPUT, names.OUTPUT):
+                quantizer.update_quantization_recipe(".*", end, algorithm_key=not_quantized)
+        for layer in source.float_layers:
+            quantizer.update_quantization_recipe(
+                rf"(^|;){re.escape(layer)}[.:;]", names.ALL_SUPPORTED, algorithm_key=not_quantized
+            )
+        images = (
+            {_INPUT_NAME: images_NCHW.permute(0, 2, 3, 1).contiguous().numpy()}
+            for images_NCHW in calibration_batches(
+                calibration_NCHW, max_images=MAX_CALIBRATION_IMAGES, size=1
+            )
+        )
+        # Not ``quantizer.calibrate``: it averages the images' ranges, which clips large logits.
+        calibrator = calibrating.Calibrator(
+            content,
+            num_threads=1,
+            mode=calibrating.CalibrationMode.CALIBRATION_PROFILER_BASED,
+            qsv_update_func=ranges.min_max_update,
+        )
+        calibrator.calibrate({_SIGNATURE_NAME: list(images)}, recipes.RecipeManager())
+        return bytes(quantizer.quantize(calibrator.get_model_qsvs()).quantized_model)
+
+
+def finish(content: bytes, entries: Mapping[str, str] | None = None) -> bytes:
+    """Return the file without what only the converters use, and with the metadata given."""
+    tools = _flatbuffer_tools()
+    file = tools.read_model_from_bytearray(content)
+    for graph in file.subgraphs:
+        used = {index for node in graph.operators for index in node.outputs}
+        ends = {*graph.inputs, *graph.outputs}
+        for index, tensor in enumerate(graph.tensors):
+            if index not in used | ends:
+                tensor.name = b""
+    file.description = b""
+    file.metadata = [entry for entry in file.metadata or [] if entry.name == _KEPT_METADATA]
+    if entries:
+        schema = tools.schema_fb
+        buffer, entry = schema.BufferT(), schema.MetadataT()
+        buffer.data = list(json.dumps(dict(entries), sort_keys=True).encode())
+        file.buffers.append(buffer)
+        entry.name, entry.buffer = METADATA_NAME.encode(), len(file.buffers) - 1
+        file.metadata.append(entry)
+    return bytes(tools.convert_object_to_bytearray(file))
+
+
+def metadata_entries(source: ExportSource) -> dict[str, str]:
+    """Return the entries that a file carries: those of an ONNX file, for its own layout."""
+    entries = file_entries(source.image_shape, source.class_names)
+    images = json.loads(entries["input"])
+    channels, height, width = source.image_shape
+    images |= {"name": _INPUT_NAME, "layout": "NHWC", "image_shape": [height, width, channels]}
+    return {**entries, "input": json.dumps(images), **source.metadata}
+
+
+def read_metadata(content: bytes) -> dict[str, str]:
+    """Return the entries of ``finish``, empty for a file without them."""
+    file = _flatbuffer_tools().read_model_from_bytearray(content)
+    for entry in file.metadata or []:
+        if entry.name == METADATA_NAME.encode():
+            entries: dict[str, str] = json.loads(bytes(file.buffers[entry.buffer].data))
+            return entries
+    return {}
+
+
+def operators(content: bytes) -> list[Operator]:
+    """Return the operators of the main graph."""
+    tools = _flatbuffer_tools()
+    file = tools.read_model_from_bytearray(content)
+    graph = file.subgraphs[0]
+    return [
+        Operator(
+            _operator_name(tools, file, node),
+            graph.tensors[node.outputs[0]].name.decode().partition(":")[0],
+        )
+        for node in graph.operators
+    ]
+
+
+def operator_facts(content: bytes) -> dict[str, Any]:
+    """Return how often each operator occurs, most frequent first."""
+    names = [operator.name for operator in operators(content)]
+    counts = {name: names.count(name) for name in sorted(set(names))}
+    return {
+        "num_operators": len(names),
+        "operators": dict(sorted(counts.items(), key=lambda item: -item[1])),
+    }
+
+
+def _named_after_layers(model: nn.Module) -> nn.Module:
+    """Return a copy in which each module has a class of its own, called as the module is.
+
+    The converter names an operator after the classes of the modules around it, from which a layer
+    could not always be told.
+    """
+    named = copy.deepcopy(model)
+    for name, module in named.named_modules():
+        kind = type(module)
+        module.__class__ = type(
+            kind.__name__, (kind,), {"__module__": "layer", "__qualname__": f"{name}$"}
+        )
+    return named
+
+
+def _weighted_layers(model: nn.Module) -> set[str]:
+    return {
+        name
+        for name, module in model.named_modules()
+        if any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+    }
+
+
+def _with_short_names(content: bytes, *, weighted: set[str]) -> bytes:
+    """Name tensors ``layer:number`` instead of by the whole way to them.
+
+    The ways take more bytes than the weights of a small network.
+    """
+    tools = _flatbuffer_tools()
+    file = tools.read_model_from_bytearray(content)
+    for graph in file.subgraphs:
+        layers = {
+            index: _layer_in(tensor.name, weighted) for index, tensor in enumerate(graph.tensors)
+        }
+        for node in graph.operators:
+            # The output of the last operator is called after the signature; its weights are not.
+            if _operator_name(tools, file, node) in _WEIGHTED:
+                layers[node.outputs[0]] = layers[node.inputs[1]]
+        for index, tensor in enumerate(graph.tensors):
+            if index in graph.outputs:
+                tensor.name = f"{layers[index]}:logits".encode()
+            elif index not in graph.inputs:
+                tensor.name = f"{layers[index]}:{index}".encode()
+    return bytes(tools.convert_object_to_bytearray(file))
+
+
+def _layer_in(location: bytes, weighted: set[str]) -> str:
+    """Return the layer of a location, of one with fused layers that with the weights."""
+    layers = [names[-1] for way in location.decode().split(";;") if (names := _LAYER.findall(way))]
+    return next((name for name in layers if name in weighted), layers[0] if layers else "")
+
+
+def _operator_name(tools: Any, file: Any, node: Any) -> str:
+    code = file.operatorCodes[node.opcodeIndex]
+    if code.customCode:
+        return str(code.customCode.decode())
+    number = tools.get_builtin_code_from_operator_code(code)
+    names = {value: name for name, value in vars(tools.BuiltinOperator).items()}
+    return str(names.get(number, number))
+
+
+def _flatbuffer_tools() -> Any:
+    return require_package(
+        "ai_edge_litert.tools.flatbuffer_utils", target="tflite", package="ai-edge-litert"
+    )
