@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from understudy.export.target import ExportSource
 from understudy.models.build import NormalizedModel
 from understudy.models.mlp import MLP
+from understudy.models.paper import PaperStudent
 from understudy.models.resnet import ResNet
 from understudy.models.separable import SeparableNet
 
@@ -71,6 +72,14 @@ def separable_source():
     network = SeparableNet(num_classes=10, stages=[[8, 1], [16, 2]], depth=2, residual=True)
     model = NormalizedModel(network, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
     model(small_images(32))
+    return ExportSource(model.eval(), SMALL_SHAPE, CLASS_NAMES, calibration_NCHW=small_images(32))
+
+
+def paper_source():
+    """Return an untrained network of the paper's: leaky ReLU, its own average, FastConv3x3."""
+    torch.manual_seed(0)
+    network = PaperStudent(num_classes=10, channels=16, hidden=12)
+    model = NormalizedModel(network, mean=(0.5,) * 3, std=(0.25,) * 3)
     return ExportSource(model.eval(), SMALL_SHAPE, CLASS_NAMES, calibration_NCHW=small_images(32))
 
 

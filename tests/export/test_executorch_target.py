@@ -7,6 +7,7 @@ from edge_student import (
     digits_test,
     model_logits,
     odd_source,
+    paper_source,
     relative_difference,
     separable_source,
     small_images,
@@ -65,6 +66,7 @@ def test_facts_name_what_xnnpack_does_not_run(resnet_float32, resnet_int8):
 def test_a_separable_network_goes_to_xnnpack_as_a_whole(tmp_path, capfd):
     source, images_NCHW = separable_source(), small_images(5)
     artifact = export(source, tmp_path, "float32")
+    assert artifact.facts["not_delegated"] == []
     assert artifact.facts["delegated_share"] == 1
     assert artifact.facts["num_delegates"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["student.pte"]
@@ -85,6 +87,14 @@ def test_a_float_layer_keeps_its_precision_and_the_bytes_are_the_same_again(tmp_
     # The others of this network's layers are never quantised.
     assert relative_difference(logits_NK, model_logits(source, images_NCHW)) < 1e-4
     assert contents[0] == contents[1]
+
+
+def test_the_mean_as_a_sum_and_a_division_goes_to_xnnpack(tmp_path):
+    source, images_NCHW = paper_source(), small_images(5)
+    artifact = export(source, tmp_path, "float32")
+    assert artifact.facts["not_delegated"] == []
+    logits_NK = run_artifact(open_artifact(artifact), images_NCHW)
+    assert relative_difference(logits_NK, model_logits(source, images_NCHW)) < 1e-4
 
 
 def test_an_operator_without_a_place_is_named_with_its_layer(tmp_path):

@@ -8,6 +8,7 @@ from edge_student import (
     digits_test,
     model_logits,
     odd_source,
+    paper_source,
     relative_difference,
     separable_source,
     small_images,
@@ -72,6 +73,15 @@ def test_float32_logits_are_those_of_pytorch(tmp_path, capfd):
     assert artifact.facts["operators"]["DEPTHWISE_CONV_2D"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["student.tflite"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_has_no_int8_form_is_said_to_be_float32(resnet_int8, tmp_path):
+    source, images_NCHW = paper_source(), small_images(20)
+    artifact = export(source, tmp_path, "int8")
+    assert artifact.facts["float_operators"] == {"LEAKY_RELU": 3}
+    logits_NK = run_artifact(open_artifact(artifact), images_NCHW)
+    assert relative_difference(logits_NK, model_logits(source, images_NCHW)) < 0.05
+    assert resnet_int8.facts["float_operators"] == {}
 
 
 def test_an_operator_without_a_kernel_is_named_with_its_layer(tmp_path):

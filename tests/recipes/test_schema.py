@@ -105,3 +105,19 @@ def test_shipped_recipes_can_be_copied_and_never_overwrite(tmp_path):
     assert load_recipe(path) == load_recipe("digits")
     with pytest.raises(RecipeError, match="exists; expected a new file"):
         copy_recipe("digits", tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_is_valid(name):
+    """What the user has to give is given; the rest is as shipped."""
+    given = ["data.source=digits"]
+    if "checkpoint: null" in shipped_recipes()[name]:
+        given.append("teacher.checkpoint=teacher.pt")
+    assert load_recipe(name, given).student.model.name
+
+
+def test_recipes_for_the_edge_name_what_they_ship():
+    recipe = load_recipe("edge")
+    assert [step.name for step in recipe.compression.steps] == ["prune", "quantize"]
+    assert recipe.compression.quantizes
+    assert "c" in recipe.release.targets

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,10 +47,16 @@ _KEPT_METADATA = b"min_runtime_version"
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator of a file, in the order of execution; ``layer`` is "" where not known."""
+    """One operator of a file.
+
+    Attributes:
+        layer: the module it comes from, "" where that is not known.
+        is_float: it computes in float32.
+    """
 
     name: str
     layer: str
+    is_float: bool
 
 
 class ChannelsLast(nn.Module):
@@ -182,26 +189,26 @@ def read_metadata(content: bytes) -> dict[str, str]:
 
 
 def operators(content: bytes) -> list[Operator]:
-    """Return the operators of the main graph."""
+    """Return the operators of the main graph in the order of execution."""
     tools = _flatbuffer_tools()
     file = tools.read_model_from_bytearray(content)
-    graph = file.subgraphs[0]
-    return [
-        Operator(
-            _operator_name(tools, file, node),
-            graph.tensors[node.outputs[0]].name.decode().partition(":")[0],
-        )
-        for node in graph.operators
-    ]
+    found = []
+    for node in file.subgraphs[0].operators:
+        name, output = _operator_name(tools, file, node), file.subgraphs[0].tensors[node.outputs[0]]
+        is_float = output.type == tools.TensorType.FLOAT32 and name != "DEQUANTIZE"
+        found.append(Operator(name, output.name.decode().partition(":")[0], is_float))
+    return found
 
 
 def operator_facts(content: bytes) -> dict[str, Any]:
-    """Return how often each operator occurs, most frequent first."""
-    names = [operator.name for operator in operators(content)]
-    counts = {name: names.count(name) for name in sorted(set(names))}
+    """Return how often each operator occurs, most frequent first, and those in float32."""
+    steps = operators(content)
+    names = Counter(step.name for step in steps)
+    in_float = Counter(step.name for step in steps if step.is_float)
     return {
-        "num_operators": len(names),
-        "operators": dict(sorted(counts.items(), key=lambda item: -item[1])),
+        "num_operators": len(steps),
+        "operators": dict(names.most_common()),
+        "float_operators": dict(in_float.most_common()),
     }
 
 

@@ -81,8 +81,9 @@ def _simplify(graph: GraphModule) -> None:
         elif node.target is _ATEN.to.dtype and _dtype(node.args[0]) == _dtype(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-        elif _is_global_mean(node):
-            _keep_dimensions(graph, node)
+        elif (features := _averaged(node)) is not None:
+            _average_with_dimensions(graph, node, features)
+    graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
 
@@ -92,21 +93,31 @@ def _dtype(node: Any) -> torch.dtype | None:
     return value.dtype if isinstance(value, Tensor) else None
 
 
-def _is_global_mean(node: Any) -> bool:
-    if node.target is not _ATEN.mean.dim or _dtype(node) != torch.float32:
-        return False
-    is_image = node.args[0].meta["val"].ndim == 4
-    dims = sorted(dim % 4 for dim in node.args[1]) if is_image else []
-    return dims == [2, 3] and node.meta["val"].ndim == 2
+def _averaged(node: Any) -> Any:
+    """Return the features NCHW whose global mean NC a node is; None for any other node."""
+    total = node
+    if node.target is _ATEN.div.Tensor and isinstance(node.args[0], Node):
+        # A sum over the pixels, divided by their number.
+        total = node.args[0]
+    if total.target is not (_ATEN.mean.dim if total is node else _ATEN.sum.dim_IntList):
+        return None
+    features = total.args[0]
+    value = features.meta["val"]
+    if value.ndim != 4 or value.dtype != torch.float32 or node.meta["val"].ndim != 2:
+        return None
+    if sorted(dim % 4 for dim in total.args[1]) != [2, 3]:
+        return None
+    num_pixels = value.shape[2] * value.shape[3]
+    return features if total is node or node.args[1] == num_pixels else None
 
 
-def _keep_dimensions(graph: GraphModule, node: Any) -> None:
+def _average_with_dimensions(graph: GraphModule, node: Any, features: Any) -> None:
     """Give a global mean as one of shape [N, C, 1, 1], made flat: XNNPACK has only that."""
     with graph.graph.inserting_before(node):
-        mean = graph.graph.call_function(_ATEN.mean.dim, (node.args[0], [-1, -2], True))
+        mean = graph.graph.call_function(_ATEN.mean.dim, (features, [-1, -2], True))
         flat = graph.graph.call_function(_ATEN.flatten.using_ints, (mean, 1))
     stack = node.meta.get("nn_module_stack")
-    mean.meta = {"nn_module_stack": stack, "val": node.args[0].meta["val"].mean((-1, -2), True)}
+    mean.meta = {"nn_module_stack": stack, "val": features.meta["val"].mean((-1, -2), True)}
     flat.meta = {"nn_module_stack": stack, "val": node.meta["val"]}
     node.replace_all_uses_with(flat)
     graph.graph.erase_node(node)
