@@ -22,10 +22,12 @@ class OnnxModel:
             path, sess_options=options, providers=["CPUExecutionProvider"]
         )
         self.input_name = self.session.get_inputs()[0].name
+        self.output_name = self.session.get_outputs()[0].name
         self.facts: dict[str, Any] = {"providers": self.session.get_providers()}
 
     def __call__(self, images_NCHW: np.ndarray) -> np.ndarray:
-        (logits_NK,) = self.session.run(None, {self.input_name: images_NCHW})
+        # A file of early exits has further outputs; the first is that of the last exit.
+        (logits_NK,) = self.session.run([self.output_name], {self.input_name: images_NCHW})
         return np.asarray(logits_NK)
 
 
