@@ -13,6 +13,7 @@ from understudy.evaluate.budget import BudgetRow
 from understudy.package.card import ModelCard, ScoreRow
 from understudy.package.statistics import reference_statistics
 from understudy.package.writing import PackageContents
+from understudy.recipes.compression_report import single_picture
 from understudy.recipes.evaluate import LOGITS_NAME
 from understudy.recipes.members import teacher_name
 from understudy.recipes.networks import model_section
@@ -52,14 +53,10 @@ def measured_facts(record: Record) -> dict[str, Any]:
     if payload["metrics"] is not None:
         facts["accuracy"] = payload["metrics"]["accuracy"]
     if payload["parity"] is not None:
-        facts["same_answer_as_trained"] = payload["parity"]["top1_agreement"]
-    single = [
-        row
-        for row in timing.get("latency", {}).get("measurements", [])
-        if (row["batch_size"], row["num_threads"]) == (1, 1)
-    ]
+        facts["agreement_with_trained"] = payload["parity"]["top1_agreement"]
+    single = single_picture(timing)
     if single:
-        facts |= {"latency_p50_ms": single[0]["p50_ms"], "latency_p95_ms": single[0]["p95_ms"]}
+        facts |= {"latency_p50_ms": single["p50_ms"], "latency_p95_ms": single["p95_ms"]}
     if "memory" in timing:
         facts["peak_memory_bytes"] = timing["memory"]["peak_memory_bytes"]
     return facts
