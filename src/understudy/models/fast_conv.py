@@ -166,9 +166,24 @@ def _weight_gradient(features: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor
     sizes = (num_images, height, width, num_inputs, num_outputs, torch.get_num_threads())
     if kernel(*pointers, *sizes):
         raise MemoryError("no memory for the gradient's scratch space")
-    rows = sums.sum(0) if few else _weight_transform().T @ sums.sum(0)
+    rows = sums.sum(0) if few else _points_to_weights(sums.sum(0))
     weight_gradient = rows.view(3, 3, num_inputs, num_outputs).permute(3, 2, 0, 1)
     return weight_gradient, bias_sums.sum(0)
+
+
+def _points_to_weights(points: Tensor) -> Tensor:
+    """Return [9, M], the transposed weight transform of [36, M], one axis of the kernel at a time.
+
+    Sums of products and no matrix product: how that adds up depends on the number of threads on
+    some processors, and a training must not.
+    """
+    transform = torch.tensor(_WEIGHT_TRANSFORM)
+    grid = points.view(6, 6, -1)
+    rows = sum(transform[k].view(3, 1, 1) * grid[k] for k in range(6))
+    assert isinstance(rows, Tensor)
+    both = sum(transform[k].view(1, 3, 1) * rows[:, k : k + 1] for k in range(6))
+    assert isinstance(both, Tensor)
+    return both.reshape(9, -1)
 
 
 @functools.cache
