@@ -51,7 +51,7 @@ def test_a_signal_in_training_saves_where_it_was(warm, tiny_recipe, unbroken, fr
 
 
 def test_ctrl_c_in_labelling_keeps_whole_chunks(warm, tiny_recipe, fresh, tmp_path):
-    many = ("--set", "views.num_views=40")
+    many = ("--set", "views.num_views=200")
     command = warm.start("teach", tiny_recipe, *many, "--out", fresh.folder, home=fresh.home)
     assert command.wait().code == 0
     command = warm.start("label", fresh.folder, home=fresh.home)
