@@ -32,7 +32,7 @@ $(STAMP):
 		{ echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt $(TORCH_ARGS) torch==2.13.0
-	$(PIP) --constraint constraints.txt --editable '.[train,dev]'
+	$(PIP) --constraint constraints.txt --editable '.[train,search,dev]'
 	rm -f $(VENV)/.installed-*
 	touch $@
 

@@ -28,11 +28,13 @@ LAYERS = {
     "evaluate": 5,
     "package": 6,
     "report": 6,
+    "search": 6,
+    "lab": 9,
     "recipes": 8,
     "stages": 8,
-    "cli_groups": 9,
-    "cli": 10,
-    "__main__": 11,
+    "cli_groups": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 
