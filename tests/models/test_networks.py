@@ -16,6 +16,7 @@ from understudy.errors import ModelError
 from understudy.models.build import NormalizedModel, build_network
 from understudy.models.cost import model_cost
 from understudy.models.load import load_weights
+from understudy.models.inverted import InvertedResidualNet
 from understudy.models.mlp import MLP
 from understudy.models.paper import PaperStudent, PaperTeacher
 from understudy.models.resnet import BasicBlock, ResNet
@@ -112,6 +113,28 @@ def test_separable_family_scales_in_width_depth_kernel_and_stride() -> None:
     wide = SeparableNet(num_classes=5, stages=((8, 1), (16, 2)), width=1.6, kernel=5)
     assert wide.linear.in_features == 24
     assert wide.blocks[0].depthwise.weight.shape == (16, 1, 5, 5)
+
+
+def test_inverted_residual_blocks_have_the_parameters_of_their_table() -> None:
+    network = InvertedResidualNet(
+        num_classes=5, stem=(8, 1), blocks=((8, 1, 1, 3), (16, 2, 3, 5)), squeeze=4, head=24
+    )
+    stem = 3 * 8 * 9 + 16
+    first = 8 * 9 + 16 + (8 * 2 + 2 + 2 * 8 + 8) + 8 * 8 + 16
+    expansion, filters = 8 * 24 + 48, 24 * 25 + 48
+    squeeze = 24 * 6 + 6 + 6 * 24 + 24
+    second = expansion + filters + squeeze + 24 * 16 + 32
+    assert num_params(network) == stem + first + second + (16 * 24 + 48) + 24 * 5 + 5
+    images = torch.randn(2, *CIFAR)
+    assert network.blocks(network.stem(images)).shape == (2, 16, 16, 16)
+    assert network(images).shape == (2, 5)
+    assert [block.adds_input for block in network.blocks] == [True, False]
+
+
+def test_an_inverted_block_that_keeps_its_shape_adds_its_input() -> None:
+    block = InvertedResidualNet(num_classes=5, stem=(8, 1), blocks=((8, 1, 2, 3),)).blocks[0].eval()
+    images = torch.randn(2, 8, 4, 4)
+    torch.testing.assert_close(block(images), block.layers(images) + images)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(1.0, 12), (0.1, 8), (1.5, 16), (2.0, 24)])

@@ -33,6 +33,10 @@ def size_of(section):
 
 STUDENTS = {
     "separable": {"name": "separable", "arguments": {"stages": [[8, 1], [16, 1], [16, 2]]}},
+    "inverted": {
+        "name": "inverted",
+        "arguments": {"stem": [8, 1], "blocks": [[8, 1, 2, 3], [16, 2, 1, 3]], "head": 16},
+    },
     "mlp": {"name": "mlp", "arguments": {"hidden": [6, 4]}},
     "paper_student": {"name": "paper_student", "arguments": {"channels": 8}},
     "paper_teacher": {"name": "paper_teacher", "arguments": {"channels": 8}},

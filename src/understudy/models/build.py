@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from understudy.errors import ModelError, problem
 from understudy.models.catalog import CATALOG, check_model
 from understudy.models.foreign import build_timm, build_transformers
+from understudy.models.inverted import InvertedResidualNet
 from understudy.models.mlp import MLP
 from understudy.models.paper import PaperStudent, PaperTeacher
 from understudy.models.resnet import ResNet
@@ -30,6 +31,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "paper_student": PaperStudent,
     "paper_teacher": PaperTeacher,
     "separable": SeparableNet,
+    "inverted": InvertedResidualNet,
 }
 
 # Luma weights of ITU-R BT.601, as Pillow's conversion to "L".

@@ -14,7 +14,18 @@ from typing import Any, Literal
 from understudy.errors import problem
 
 ArgumentKind = Literal[
-    "int", "depth", "rate", "scale", "bool", "odd", "ints", "widths", "stages", "shortcut"
+    "int",
+    "depth",
+    "rate",
+    "scale",
+    "bool",
+    "odd",
+    "ints",
+    "widths",
+    "stages",
+    "shortcut",
+    "blocks",
+    "stem",
 ]
 SHORTCUTS = ("pad", "conv")
 
@@ -40,6 +51,9 @@ _KIND_TEXT: dict[str, str] = {
     "widths": "three whole numbers of at least {minimum}, none smaller than the one before",
     "stages": "a list of pairs [channels, stride], each a whole number of at least {minimum}",
     "shortcut": "pad or conv",
+    "stem": "a pair [channels, stride] of whole numbers of at least {minimum}",
+    "blocks": "a list of [channels, stride, expansion, kernel], each a whole number of at least "
+    "{minimum}, the kernel odd",
 }
 
 _RESNET_WIDTHS = Argument("widths", (16, 32, 64), "channels of the three stages")
@@ -85,6 +99,20 @@ CATALOG: dict[str, dict[str, Argument]] = {
         "width": Argument("scale", 1.0, "factor on all channels, rounded to multiples of 8"),
         "kernel": Argument("odd", 3, "kernel size of the depthwise convolutions"),
         "residual": Argument("bool", False, "add the input of a block that keeps its shape"),
+    },
+    "inverted": {
+        "stem": Argument("stem", (16, 1), "channels and stride of the stem"),
+        "blocks": Argument(
+            "blocks",
+            ((16, 1, 1, 3), (24, 2, 2, 3), (32, 2, 2, 3)),
+            "channels, stride, expansion and depthwise kernel of each block",
+        ),
+        "squeeze": Argument(
+            "int", 0, "reduction of squeeze-and-excitation; 0: without it", minimum=0
+        ),
+        "head": Argument(
+            "int", 0, "channels of a 1x1 convolution before pooling; 0: without it", minimum=0
+        ),
     },
     "mlp": {
         "hidden": Argument("ints", (24,), "widths of the hidden layers"),
@@ -140,6 +168,13 @@ def _fits(value: Any, argument: Argument) -> bool:
             )
         case "shortcut":
             return value in SHORTCUTS
+        case "stem":
+            return _is_ints(value, 1) and len(value) == 2
+        case "blocks":
+            is_list = isinstance(value, list | tuple) and len(value) > 0
+            return is_list and all(
+                _is_ints(item, 1) and len(item) == 4 and item[3] % 2 == 1 for item in value
+            )
         case "stages":
             is_list = isinstance(value, list | tuple) and len(value) > 0
             return is_list and all(_is_ints(item, 1) and len(item) == 2 for item in value)

@@ -155,6 +155,19 @@ def _separable(name: str, given: Arguments, size: int) -> tuple[str, Arguments]:
     return name, {"width": round(given["width"] * factor(size), 3)}
 
 
+def _inverted(name: str, given: Arguments, size: int) -> tuple[str, Arguments]:
+    def wider(channels: int) -> int:
+        return max(8, round(channels * factor(size) / 8) * 8)
+
+    changed: Arguments = {
+        "stem": [wider(given["stem"][0]), given["stem"][1]],
+        "blocks": [[wider(channels), *rest] for channels, *rest in given["blocks"]],
+    }
+    if given["head"]:
+        changed["head"] = wider(given["head"])
+    return name, changed
+
+
 def _mlp(name: str, given: Arguments, size: int) -> tuple[str, Arguments]:
     if not given["hidden"]:
         raise InputError(
@@ -185,6 +198,7 @@ def _resnet(name: str, given: Arguments, size: int) -> tuple[str, Arguments]:
 # family -> (name, all arguments, number of steps) -> (name, changed arguments)
 GROWN: dict[str, Callable[[str, Arguments, int], tuple[str, Arguments]]] = {
     "separable": _separable,
+    "inverted": _inverted,
     "mlp": _mlp,
     "paper_student": _paper,
     "paper_teacher": _paper,

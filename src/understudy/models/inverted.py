@@ -1,0 +1,135 @@
+"""Inverted residual networks (Sandler et al. 2018, "MobileNetV2"), scaled to a few kilobytes.
+
+A 3x3 stem, then blocks [1x1 expansion, depthwise k x k, squeeze-and-excitation, 1x1 projection],
+each convolution with batch norm and all but the projection with ReLU; a block that keeps its shape
+adds its input. An expansion of 1 leaves the first convolution out. Squeeze-and-excitation is that
+of Hu et al. 2018 with the hard sigmoid of MobileNetV3 (Howard et al. 2019), which quantises well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate computed from the channels' means; NCHW to NCHW."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.reduce = nn.Conv2d(channels, hidden, 1)
+        self.activation = nn.ReLU(inplace=True)
+        self.expand = nn.Conv2d(hidden, channels, 1)
+        self.gate = nn.Hardsigmoid()
+
+    def forward(self, features_NCHW: Tensor) -> Tensor:
+        gates = self.expand(self.activation(self.reduce(self.pool(features_NCHW))))
+        scaled: Tensor = features_NCHW * self.gate(gates)
+        return scaled
+
+
+class InvertedResidual(nn.Module):
+    """Expand, filter each channel, project; NCHW to NCHW.
+
+    Args:
+        squeeze: the hidden channels of squeeze-and-excitation are the expanded ones over this; 0
+            leaves it out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        expansion: int,
+        kernel: int,
+        squeeze: int,
+    ) -> None:
+        super().__init__()
+        expanded = in_channels * expansion
+        layers: list[nn.Module] = []
+        if expansion > 1:
+            layers += _convolution(in_channels, expanded, 1)
+        layers += _convolution(expanded, expanded, kernel, stride=stride, groups=expanded)
+        if squeeze:
+            layers.append(SqueezeExcite(expanded, max(1, expanded // squeeze)))
+        layers += _convolution(expanded, out_channels, 1)[:-1]
+        self.layers = nn.Sequential(*layers)
+        self.adds_input = stride == 1 and in_channels == out_channels
+
+    def forward(self, features_NCHW: Tensor) -> Tensor:
+        features: Tensor = self.layers(features_NCHW)
+        return features + features_NCHW if self.adds_input else features
+
+
+class InvertedResidualNet(nn.Module):
+    """A classifier of inverted residual blocks.
+
+    Args:
+        num_classes: K of the logits.
+        in_channels: 3 for colour, 1 for gray.
+        stem: channels and stride of the 3x3 convolution at the start.
+        blocks: (channels, stride, expansion, kernel) of each block.
+        squeeze: reduction of squeeze-and-excitation in every block; 0 leaves it out.
+        head: channels of a 1x1 convolution before the pooling; 0 leaves it out.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        stem: Sequence[int] = (16, 1),
+        blocks: Sequence[Sequence[int]] = ((16, 1, 1, 3), (24, 2, 2, 3), (32, 2, 2, 3)),
+        squeeze: int = 0,
+        head: int = 0,
+    ) -> None:
+        super().__init__()
+        current, stem_stride = stem
+        self.stem = nn.Sequential(*_convolution(in_channels, current, 3, stride=stem_stride))
+        made = []
+        for channels, stride, expansion, kernel in blocks:
+            made.append(
+                InvertedResidual(
+                    current,
+                    channels,
+                    stride=stride,
+                    expansion=expansion,
+                    kernel=kernel,
+                    squeeze=squeeze,
+                )
+            )
+            current = channels
+        self.blocks = nn.Sequential(*made)
+        self.head = nn.Sequential(*(_convolution(current, head, 1) if head else []))
+        self.linear = nn.Linear(head or current, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """Return logits_NK for normalised float images_NCHW."""
+        features = self.head(self.blocks(self.stem(images_NCHW)))
+        logits_NK: Tensor = self.linear(features.mean(dim=(2, 3)))
+        return logits_NK
+
+
+def _convolution(
+    in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1
+) -> list[nn.Module]:
+    return [
+        nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel,
+            stride,
+            padding=kernel // 2,
+            groups=groups,
+            bias=False,
+        ),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    ]
