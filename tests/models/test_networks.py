@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from understudy.errors import ModelError
 from understudy.models.build import NormalizedModel, build_network
 from understudy.models.cost import model_cost
-from understudy.models.load import load_weights
 from understudy.models.inverted import InvertedResidualNet
+from understudy.models.load import load_weights
 from understudy.models.mlp import MLP
 from understudy.models.paper import PaperStudent, PaperTeacher
 from understudy.models.resnet import BasicBlock, ResNet
