@@ -32,6 +32,7 @@ from understudy.artifacts import write_text
 from understudy.evaluate.accuracy import predict_logits
 from understudy.progress import setup_logging
 from understudy.recipes.chain import run_steps
+from understudy.recipes.job import open_run, start, working
 from understudy.recipes.label import label
 from understudy.recipes.networks import trained_model
 from understudy.recipes.prepare import split
@@ -39,7 +40,6 @@ from understudy.recipes.run import Run
 from understudy.recipes.teach import teach
 from understudy.recipes.train import role_training, train_role
 from understudy.runtime import hardware_facts, package_versions
-from understudy.stages import open_run, start, working
 from understudy.train.devices import make_fabric
 from understudy.train.distill_settings import DistillSettings
 from understudy.train.loss_table import LOSSES

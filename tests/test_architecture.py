@@ -28,7 +28,7 @@ LAYERS = {
     "evaluate": 5,
     "package": 6,
     "report": 6,
-    "search": 6,
+    "search": 5,
     "lab": 9,
     "recipes": 8,
     "stages": 8,

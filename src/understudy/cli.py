@@ -20,6 +20,7 @@ from understudy.cli_groups import (
     store_app,
     teachers_app,
 )
+from understudy.cli_search import search
 from understudy.errors import (
     EXIT_BAD_INPUT,
     EXIT_BUDGET_MISSED,
@@ -45,6 +46,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(heads_app, name="heads")
 app.add_typer(store_app, name="store")
 app.add_typer(teachers_app, name="teachers")
+app.command()(search)
 
 RecipeArgument = Annotated[
     str | None,
@@ -169,8 +171,9 @@ def distill(
 def resume(run: RunArgument) -> None:
     """Continue a run that was killed or interrupted, to the same result."""
     from understudy import stages
+    from understudy.recipes.job import existing_run
 
-    _show(stages.distill(stages.existing_run(run)))
+    _show(stages.distill(existing_run(run)))
 
 
 @app.command()

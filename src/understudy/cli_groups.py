@@ -75,10 +75,10 @@ def heads_add(
 @heads_app.command("list")
 def heads_list(run: RunArgument) -> None:
     """Show the heads of a run: size, accuracy, and what needs no head."""
-    from understudy import stages
     from understudy.recipes.head_report import heads_table
+    from understudy.recipes.job import existing_run
 
-    print(heads_table(stages.existing_run(run)))
+    print(heads_table(existing_run(run)))
 
 
 @heads_app.command("remove")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 from understudy.artifacts import Record, exclusive
 from understudy.errors import InputError, problem
 from understudy.progress import log
-from understudy.recipes.chain import chained, require_steps, run_steps
+from understudy.recipes.chain import run_steps
 from understudy.recipes.check import check_recipe, parse_checked
 from understudy.recipes.compress import compress as compress_stage
 from understudy.recipes.evaluate import evaluate as evaluate_stage
 from understudy.recipes.exits import exits as exits_stage
 from understudy.recipes.export import export as export_stage
-from understudy.recipes.files import RECIPE_NAME, read_recipe, save_recipe
+from understudy.recipes.files import read_recipe, save_recipe
 from understudy.recipes.finetune import train_network
 from understudy.recipes.heads import HEADS_FOLDER, train_head, train_heads
+from understudy.recipes.job import RecipeLike, alone, existing_run, open_run, start, working
 from understudy.recipes.label import label as label_stage
 from understudy.recipes.peers import collect_teacher, trains_teacher
 from understudy.recipes.prepare import split
@@ -32,10 +31,11 @@ from understudy.recipes.release import release as release_stage
 from understudy.recipes.report import Outcome
 from understudy.recipes.report import report as report_stage
 from understudy.recipes.run import Run, home_folder
-from understudy.recipes.schema import Recipe
+from understudy.recipes.search import base_run
+from understudy.recipes.search_job import SpaceLike, open_search, run_search, searched_recipe
 from understudy.recipes.teach import teach as teach_stage
 from understudy.report.ranking import Ranking
-from understudy.train.devices import use_threads
+from understudy.search.results import SearchResults
 
 __all__ = [
     "add_head",
@@ -49,12 +49,12 @@ __all__ = [
     "release",
     "remove_head",
     "report",
+    "search",
     "teach",
     "train",
 ]
 
-RecipeLike = Recipe | Mapping[str, Any] | str | Path | None
-Result = TypeVar("Result")
+DEFAULT_TRIALS = 20
 
 
 def distill(
@@ -82,14 +82,7 @@ def distill(
 
 def run_stages(run: Run) -> None:
     """Run every stage of a job but its report."""
-    start(run)
-    run_steps(run)
-    split(run)
-    if run.teaches_first:
-        teach_stage(run)
-    if run.stores_outputs:
-        label_stage(run)
-    train_network(run, "student")
+    train_student(run)
     if trains_teacher(run):
         collect_teacher(run)
     if run.recipe.control:
@@ -99,6 +92,18 @@ def run_stages(run: Run) -> None:
     if run.recipe.exits is not None:
         exits_stage(run)
     train_heads(run)
+
+
+def train_student(run: Run) -> Record:
+    """Run every stage up to the student's training."""
+    start(run)
+    run_steps(run)
+    split(run)
+    if run.teaches_first:
+        teach_stage(run)
+    if run.stores_outputs:
+        label_stage(run)
+    return train_network(run, "student")
 
 
 def compress(
@@ -279,67 +284,58 @@ def rank_teachers(
             raise
 
 
-def open_run(
-    recipe: RecipeLike, *, changes: Sequence[str] = (), out: str | Path | None = None
-) -> Run:
-    """Return the run that the arguments name, with a recipe that was checked whole."""
-    if isinstance(recipe, Recipe):
-        checked = recipe
-    elif isinstance(recipe, Mapping):
-        checked = parse_checked(dict(recipe))
-    else:
-        values, origin = read_recipe(recipe, changes)
-        checked = parse_checked(values, origin=origin)
-        if out is None and recipe is not None and Path(recipe).is_dir():
-            out = recipe
-    folder = Path(out) if out is not None else Path("runs") / checked.name
-    run = Run(checked, folder, home_folder())
-    check_recipe(run)
-    return chained(run)
+def search(
+    recipe: RecipeLike = None,
+    *,
+    space: SpaceLike = None,
+    sampler: str = "tpe",
+    pruner: str = "median",
+    objectives: Sequence[str] = ("accuracy",),
+    trials: int | None = None,
+    workers: int = 1,
+    storage: str | None = None,
+    changes: Sequence[str] = (),
+    out: str | Path | None = None,
+) -> SearchResults:
+    """Try settings of a recipe, each in a training of the student; rank them by validation.
+
+    The same call continues a search that was stopped. The test split is never read.
+
+    Args:
+        space: path to values, items ``path=values``, or a YAML file; None: what the recipe has of
+            learning rate, weights, temperature and augmentation strength.
+        sampler: tpe, grid, random or nsga2.
+        pruner: median, halving, hyperband or none: how poor trainings are stopped early.
+        objectives: of accuracy, nll, ece, num_params, macs, latency_ms, train_seconds.
+        trials: of all sittings together; a grid needs no number.
+        workers: processes.
+        storage: URL of a database; by default a file in the search folder.
+        out: the search folder; by default ``runs/NAME-search``.
+
+    Raises:
+        InputError: something given is wrong; every problem is listed.
+        MissingExtraError: Optuna is not installed.
+    """
+    checked = searched_recipe(recipe, changes)
+    options = {
+        "sampler": sampler,
+        "pruner": pruner,
+        "objectives": tuple(objectives),
+        "num_trials": trials,
+    }
+    if sampler != "grid" and trials is None:
+        options["num_trials"] = DEFAULT_TRIALS
+    asked = open_search(
+        checked, space=space, options=options, out=out, storage=storage, workers=workers
+    )
+    check_recipe(base_run(asked))
+    return run_search(asked, train_student, prepare_teachers, workers)
 
 
-def existing_run(folder: str | Path) -> Path:
-    """Return the folder of a run that was started, or raise InputError."""
-    if not (Path(folder) / RECIPE_NAME).is_file():
-        raise InputError(
-            problem(
-                f"{folder} is not a run folder",
-                expected=f"a folder with a {RECIPE_NAME} in it",
-                mend="Give the --out of the run, or start one with `understudy distill`.",
-            )
-        )
-    return Path(folder)
-
-
-@contextlib.contextmanager
-def working(run: Run, command: str = "resume") -> Iterator[None]:
-    """Hold the run folder while a stage works in it; when interrupted, say how to go on."""
-    with exclusive(run.folder):
-        try:
-            yield
-        except KeyboardInterrupt:
-            log.warning("`understudy %s %s` continues where this stopped", command, run.folder)
-            raise
-
-
-def start(run: Run) -> None:
-    """Prepare this process and write the recipe down, so that the folder can be resumed."""
-    use_threads(run.recipe.device.num_threads)
-    for leftover in run.folder.rglob(".*.part"):
-        leftover.unlink()  # of a process that was killed while it wrote
-    save_recipe(run.asked, run.folder)
-
-
-def alone(
-    stage: Callable[[Run], Result],
-    recipe: RecipeLike,
-    changes: Sequence[str],
-    out: str | Path | None,
-) -> Result:
-    """Run one stage from the records of the stages before it."""
-    run = open_run(recipe, changes=changes, out=out)
-    with working(run):
-        start(run)
-        require_steps(run)
-        split(run)
-        return stage(run)
+def prepare_teachers(run: Run) -> None:
+    """Split the data and load or train the teachers, once for all trials of a search."""
+    start(run)
+    run_steps(run)
+    split(run)
+    if run.teaches_first:
+        teach_stage(run)

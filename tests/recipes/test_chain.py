@@ -16,8 +16,8 @@ from understudy.artifacts import Record, file_hash
 from understudy.errors import InputError, RecipeError
 from understudy.evaluate.accuracy import predict_logits
 from understudy.recipes.chain import earlier_seconds, learn, lineage, run_steps
+from understudy.recipes.job import open_run
 from understudy.recipes.networks import build_model, trained_model
-from understudy.stages import open_run
 
 STEP_STAGES = ("split", "teacher", "labels", "student")
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tiny_run import TINY_RECIPE, TinyRun
 from understudy.errors import RecipeError
-from understudy.stages import open_run
+from understudy.recipes.job import open_run
 
 TUNED = ("student-untuned", "student", "control-untuned", "control")
 

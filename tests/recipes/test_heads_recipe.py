@@ -12,8 +12,8 @@ from tiny_run import TINY_RECIPE, TinyRun
 from understudy.artifacts import Record, file_hash
 from understudy.export.task_heads import TrunkRuntime
 from understudy.recipes.files import read_recipe
+from understudy.recipes.job import open_run
 from understudy.recipes.schema import parse_recipe
-from understudy.stages import open_run
 
 ADD_PARITY = ("--task", "parity", "--label-column", "parity", "--set", "training.num_epochs=6")
 GUIDED = ("--set", "teacher=true", "--set", "probe.num_epochs=8")

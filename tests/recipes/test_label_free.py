@@ -13,13 +13,13 @@ from understudy.data.batches import Batch
 from understudy.data.sources import load_data
 from understudy.errors import RecipeError
 from understudy.losses import cross_entropy
+from understudy.recipes.job import open_run
 from understudy.recipes.label import label
 from understudy.recipes.outputs import stored_outputs
 from understudy.recipes.prepare import split
 from understudy.recipes.schema import parse_recipe
 from understudy.recipes.teach import teach
 from understudy.recipes.train import role_training, train_role
-from understudy.stages import open_run
 from understudy.train.repeated import RepeatedOrder
 from understudy.train.training import count_right
 

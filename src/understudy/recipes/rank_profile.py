@@ -154,7 +154,12 @@ def conversions(run: Run) -> dict[str, Any]:
 
 def own_normalization(run: Run) -> Normalization:
     """Return the teacher's normalisation: its own, or that of the split that it was trained on."""
-    given = model_section(run, "teacher").normalization
+    return normalization_of(run, "teacher")
+
+
+def normalization_of(run: Run, role: str) -> Normalization:
+    """Return a network's normalisation: its own, or that of the split that it was trained on."""
+    given = model_section(run, role).normalization
     if given is not None:
         return given
     mean, std = channel_statistics(run)

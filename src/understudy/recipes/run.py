@@ -37,6 +37,7 @@ from understudy.recipes.schema import Recipe
 from understudy.recipes.sections import ModelSection, TeacherSection
 from understudy.recipes.strategies import Ensemble, Mutual
 from understudy.runtime import derive_seed
+from understudy.train.plan import unwatched
 
 KEY_NAME = "key"
 
@@ -64,6 +65,7 @@ class Run:
         step: its name, where it is a step of a chain and not the whole run.
         steps: the steps of a chain before this one; the last of them trains this one's teacher.
         derived_from: what the user wrote, where the recipe was made from that; else None.
+        watch: told the rows of the student's training; may end it by raising.
     """
 
     recipe: Recipe
@@ -73,6 +75,7 @@ class Run:
     step: str = ""
     steps: tuple[Run, ...] = ()
     derived_from: Recipe | None = None
+    watch: Callable[[Mapping[str, Any]], None] = unwatched
 
     @property
     def asked(self) -> Recipe:

@@ -67,9 +67,9 @@ def verify(folder: Path | None, *, run_folder: str | None, repair: bool) -> str:
     findings = verify_store(store, repair=repair)
     checked = f"{len(store.entry_ids())} entries"
     if run_folder is not None:
+        from understudy.recipes.job import existing_run, open_run
         from understudy.recipes.label import recomputation
         from understudy.recipes.outputs import run_entry_ids
-        from understudy.stages import existing_run, open_run
 
         run = open_run(existing_run(run_folder))
         entry_ids = run_entry_ids(run)

@@ -37,7 +37,7 @@ from understudy.train.devices import make_fabric, use_threads
 from understudy.train.feed import Feed, SampleOrder
 from understudy.train.loop import train
 from understudy.train.objective import LabelObjective, Objective
-from understudy.train.plan import TrainPlan, TrainResult
+from understudy.train.plan import TrainPlan, TrainResult, unwatched
 from understudy.train.processes import launch_processes
 from understudy.train.repeated import RepeatedOrder
 from understudy.train.settings import TrainSettings
@@ -182,7 +182,8 @@ def role_training(run: Run, role: str, folder: Path) -> tuple[nn.Module, TrainPl
     if is_student:
         objective = student_objective(run, model)
     validate = watched(validation_metrics(run), objective)
-    plan = TrainPlan(feed, objective, settings, validate, folder)
+    on_epoch = run.watch if role == "student" else unwatched
+    plan = TrainPlan(feed, objective, settings, validate, folder, on_epoch)
     return with_exits(run, role, model, plan)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from understudy.train.feed import Feed
 from understudy.train.objective import Objective
 from understudy.train.settings import TrainSettings
+
+
+def unwatched(row: Mapping[str, Any]) -> None:
+    """Let a training go on whatever its epoch was like."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class TrainPlan:
         settings: epochs, optimiser, schedules, safety.
         validate: network in eval mode -> numbers, among them "accuracy".
         folder: where checkpoints, metrics and TensorBoard events go.
+        on_epoch: told every epoch's row after its checkpoint, in the first process; what it raises
+            ends the training, which can be continued.
     """
 
     feed: Feed
@@ -31,6 +37,7 @@ class TrainPlan:
     settings: TrainSettings
     validate: Callable[[nn.Module], dict[str, float]]
     folder: Path
+    on_epoch: Callable[[Mapping[str, Any]], None] = unwatched
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,8 @@ class Training:
             self.log.add(row)
         if is_last or num_epochs_done % settings.checkpoint_every_epochs == 0:
             self.save(CHECKPOINT_NAME)
+        if self.fabric.is_global_zero:
+            self.plan.on_epoch(row)
 
     def mean_row(self, seconds: float) -> dict[str, Any]:
         """Return the epoch's means over updates and processes."""

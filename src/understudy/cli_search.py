@@ -1,0 +1,66 @@
+"""The commands that look for better values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from understudy.cli_groups import SetOption
+
+
+def search(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A recipe, or an earlier search to go on with."),
+    ] = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--space",
+            metavar="PATH=VALUES|FILE",
+            help="log:0.01..0.5, 0..1, int:1..8, 1|2|4 or 1 - OTHER; repeatable. Default: learning "
+            "rate, weights, temperature, augmentation strength.",
+        ),
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="tpe, grid, random or nsga2.")] = "tpe",
+    pruner: Annotated[str, typer.Option(help="median, halving, hyperband or none.")] = "median",
+    objectives: Annotated[
+        list[str] | None,
+        typer.Option("--objective", metavar="NAME", help="Default: accuracy. Repeatable."),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", help="In all. Default: 20, or the whole grid.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 1,
+    storage: Annotated[
+        str | None, typer.Option("--storage", metavar="URL", help="Default: a file in the folder.")
+    ] = None,
+    changes: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME-search.")
+    ] = None,
+) -> None:
+    """Try settings of a recipe, on validation only; the same command continues a search."""
+    from understudy import stages
+    from understudy.recipes.search import BEST_NAME, PAGE_NAME
+    from understudy.report.search_views import search_text
+
+    results = stages.search(
+        recipe,
+        space=space or None,
+        sampler=sampler,
+        pruner=pruner,
+        objectives=tuple(objectives or ("accuracy",)),
+        trials=trials,
+        workers=workers,
+        storage=storage,
+        changes=changes or (),
+        out=out,
+    )
+    print(search_text(results))
+    folder = results.folder
+    print(f"report: {Path(folder) / PAGE_NAME}.html")
+    if results.best:
+        print(f"recipe: {Path(folder) / BEST_NAME}")

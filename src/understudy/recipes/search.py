@@ -1,0 +1,196 @@
+"""The search of a recipe's values: trials are ordinary runs of the student alone.
+
+The base run in the search folder loads or trains the teacher once; every trial takes its stages
+over where they are the same, and all share the stored outputs. Only the validation split is looked
+at: no trial evaluates, so the test split is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from understudy.artifacts import Record, write_text
+from understudy.evaluate.latency import measure_latency
+from understudy.export.onnx_file import export_onnx
+from understudy.models.cost import model_cost
+from understudy.recipes.networks import WEIGHTS_NAME, trained_model
+from understudy.recipes.rank_profile import normalization_of
+from understudy.recipes.run import Run
+from understudy.recipes.schema import parse_recipe
+from understudy.recipes.search_space import student_only, trial_recipe, with_settings
+from understudy.report.document import write_document
+from understudy.report.formats import moment
+from understudy.report.search_views import search_document
+from understudy.runtime import hardware_facts
+from understudy.search.plan import Attempt, SearchPlan
+from understudy.search.results import SearchResults, read_results
+from understudy.search.study import open_study, prepare, work
+
+BASE_NAME = "base"
+RESULTS_NAME, BEST_NAME, PAGE_NAME = "search.json", "best.yaml", "search"
+DATABASE_NAME = "search.db"
+
+TrainStudent = Callable[[Run], Record]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search in its folder.
+
+    Attributes:
+        values: the recipe's values, which every trial starts from.
+        storage: URL of the database.
+        study_name: in the database, which may hold others.
+    """
+
+    plan: SearchPlan
+    values: dict[str, Any]
+    folder: Path
+    home: Path
+    storage: str
+    study_name: str
+
+
+def begin(search: Search, teach: Callable[[Run], None]) -> None:
+    """Open the study, and load or train the teachers that all trials learn from."""
+    study = open_study(search.storage, search.study_name, search.plan)
+    teach(base_run(search))
+    prepare(study, search.plan, search.folder)
+
+
+def do_trials(search: Search, train_student: TrainStudent) -> None:
+    """Do trials in this process until none is left."""
+    study = open_study(search.storage, search.study_name, search.plan)
+    work(
+        study, search.plan, search.folder, lambda attempt: measured(search, attempt, train_student)
+    )
+
+
+def finish(search: Search) -> SearchResults:
+    """Write the results, the best recipe and the page; return the results."""
+    study = open_study(search.storage, search.study_name, search.plan)
+    results = read_results(
+        study,
+        search.plan,
+        name=search.study_name,
+        folder=str(search.folder),
+        recipe=search.values,
+    )
+    if results.best:
+        write_text(search.folder / BEST_NAME, best_recipe(search, results))
+    facts = (
+        moment(now()),
+        f"seed {search.plan.seed}",
+        str(search.values["data"]["source"]),
+        str(hardware_facts().get("processor", "an unrecorded machine")),
+    )
+    write_document(search_document(results, facts=facts), search.folder, PAGE_NAME)
+    write_text(search.folder / RESULTS_NAME, results.to_json())
+    return results
+
+
+def now() -> str:
+    """Return the present moment as records write it."""
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def best_recipe(search: Search, results: SearchResults) -> str:
+    """Return the YAML of the recipe with the best trial's settings."""
+    rows = {row.number: row for row in results.trials}
+    best = rows[results.best[0]]
+    recipe = parse_recipe(with_settings(search.values, best.settings))
+    values = recipe.model_dump(mode="json") | {"name": f"{recipe.name}-best"}
+    title = f"# {recipe.name}: the settings of trial {best.number} of a search on validation data\n"
+    return title + yaml.safe_dump(values, sort_keys=False, width=100)
+
+
+def base_run(search: Search) -> Run:
+    """Return the run whose teachers all trials have."""
+    recipe = parse_recipe(student_only(search.values))
+    return Run(recipe, search.folder / BASE_NAME, search.home)
+
+
+def measured(search: Search, attempt: Attempt, train_student: TrainStudent) -> dict[str, Any]:
+    """Train one trial's student, continuing what was left, and return its measures."""
+    run = trial_run(search, attempt)
+    record = train_student(run)
+    rows = record.payload["rows"]
+    judged = [row for row in rows if "validation_accuracy" in row]
+    if run.recipe.training.keep == "best":
+        last = max(judged, key=lambda row: row["validation_accuracy"])
+    else:
+        last = judged[-1]
+    model = trained_model(run, "student", record)
+    cost = model_cost(model, run.source.image_shape)
+    measures = {
+        "accuracy": last["validation_accuracy"],
+        "nll": last["validation_nll"],
+        "ece": last["validation_ece"],
+        "num_params": cost.num_params,
+        "macs": cost.macs,
+        "train_seconds": record.timing.get("train_seconds"),
+        "num_steps": record.payload["num_steps"],
+    }
+    if "latency_ms" in search.plan.objectives:
+        measures |= latency(run, model)
+    return measures
+
+
+def trial_run(search: Search, attempt: Attempt) -> Run:
+    """Return a trial's run: its teachers are those of the base run, unless they are what varies."""
+    values = search.values
+    if not any(path.split(".")[0] in ("teacher", "strategy", "data") for path in attempt.settings):
+        values = with_finished_teachers(base_run(search))
+    run = Run(trial_recipe(values, attempt), attempt.folder, search.home)
+
+    def watch(row: Mapping[str, Any]) -> None:
+        if "validation_accuracy" in row:
+            attempt.report(row["epoch"], row["validation_accuracy"])
+
+    run.watch = watch
+    return run
+
+
+def with_finished_teachers(base: Run) -> dict[str, Any]:
+    """Return the base run's recipe with its teachers as they are on disk, nothing to be trained."""
+    values = base.recipe.model_dump(mode="json")
+    if not base.teaches_first or base.steps:
+        return values
+    sections = []
+    for role, section in base.teachers.items():
+        if section.training is not None:
+            model = section.model.model_copy(update={"normalization": normalization_of(base, role)})
+            checkpoint = (base.folder / role / WEIGHTS_NAME).resolve()
+            section = section.model_copy(
+                update={"model": model, "checkpoint": checkpoint, "training": None}
+            )
+        sections.append(section.model_dump(mode="json"))
+    values["teacher"] = sections[0]
+    if sections[1:]:
+        values["strategy"]["teachers"] = sections[1:]
+    return values
+
+
+def latency(run: Run, model: Any) -> dict[str, Any]:
+    """Return the exported student's latency, at the budget's setting or of one picture."""
+    limit = run.recipe.budget.latency_ms
+    batch, threads = (limit.batch, limit.threads) if limit is not None else (1, 1)
+    path = run.folder / "latency" / "student.onnx"
+    export_onnx(model, path, image_shape=run.source.image_shape, class_names=run.source.class_names)
+    images = run.source.images(run.splits.validation[:batch]).numpy()
+    found = measure_latency(
+        path,
+        images,
+        batch_sizes=[batch],
+        num_threads=[threads],
+        min_seconds=run.recipe.measurement.min_seconds,
+    )
+    row = found.measurements[0].to_json()
+    return {"latency_ms": row["p50_ms"], "latency": row}

@@ -1,0 +1,143 @@
+"""From a point of a search space to a recipe: paths set, augmentation scaled; the default space."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from understudy.data.view_spec import TRANSFORM_PARAMETERS, Parameter
+from understudy.errors import InputError, RecipeError, problem
+from understudy.recipes.files import apply_change
+from understudy.recipes.schema import Recipe, parse_recipe
+from understudy.search.plan import Attempt
+from understudy.search.space import Choice, Range, Space, parse_space, yaml_text
+
+# Not a key of the recipe: a factor on how far the transforms of the views go.
+STRENGTH = "views.strength"
+
+
+def default_space(recipe: Recipe) -> Space:
+    """Return what is worth varying in this recipe where the user names nothing.
+
+    Learning rate within a factor of five, the weight between teacher and labels, the temperature,
+    and the strength of the augmentation, as far as the recipe has them.
+    """
+    rate = recipe.training.optimizer.learning_rate
+    given = {"training.optimizer.learning_rate": f"log:{rate / 5:g}..{rate * 5:g}"}
+    distillation = recipe.distillation
+    if recipe.strategy.stored or recipe.teacher is not None:
+        if isinstance(distillation.kl_weight, float | int) and distillation.kl_weight > 0:
+            given["distillation.kl_weight"] = "0..1"
+            given["distillation.ce_weight"] = "1 - distillation.kl_weight"
+        if isinstance(distillation.temperature, float | int):
+            given["distillation.temperature"] = "log:1..10"
+    if any(name != "flip" for transform in recipe.views.spec for name in transform):
+        given[STRENGTH] = "0.5..1.5"
+    return parse_space(given)
+
+
+def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's values with settings of a space applied.
+
+    Raises:
+        RecipeError: a path leads through something that has no such part.
+    """
+    changed: dict[str, Any] = copy.deepcopy(dict(values))
+    for path, value in settings.items():
+        if path == STRENGTH:
+            views = changed["views"]
+            views["transforms"] = scaled_transforms(views["transforms"], float(value))
+        else:
+            apply_change(changed, f"{path}={yaml_text(value)}")
+    return changed
+
+
+def trial_recipe(values: Mapping[str, Any], attempt: Attempt) -> Recipe:
+    """Return the recipe of one trial: the student alone, with the trial's settings."""
+    changed = with_settings(values, attempt.settings)
+    return parse_recipe(student_only(changed) | {"name": f"trial-{attempt.number:04d}"})
+
+
+def student_only(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's values without what a student's training does not need."""
+    return dict(values) | {"control": False, "heads": {}}
+
+
+def check_space(values: Mapping[str, Any], space: Space) -> None:
+    """Raise one InputError with everything in a space that makes no recipe.
+
+    Every end of a range and every choice is tried by itself beside the first value of the others.
+    """
+    first = {path: sample_values(parameter)[0] for path, parameter in space.parameters.items()}
+    problems: list[str] = []
+    if STRENGTH in space.parameters and not values["views"]["transforms"]:
+        given, mend = f"`{STRENGTH}` without transforms", "Add transforms, or drop it."
+        problems.append(problem(given, expected="views.transforms to scale", mend=mend))
+    for path, parameter in space.parameters.items():
+        for value in sample_values(parameter):
+            try:
+                parse_recipe(
+                    with_settings(values, space.settings(first | {path: value})), origin="--space"
+                )
+            except RecipeError as error:
+                problems += error.problems
+    if problems:
+        raise InputError(*dict.fromkeys(problems))
+
+
+def sample_values(parameter: Range | Choice) -> Sequence[Any]:
+    """Return a parameter's values where they can be counted, else its ends."""
+    if isinstance(parameter, Choice):
+        return parameter.values
+    ends = (parameter.low, parameter.high)
+    return [int(end) for end in ends] if parameter.whole else ends
+
+
+def scaled_transforms(
+    transforms: Sequence[Mapping[str, Mapping[str, Any] | None]], strength: float
+) -> list[dict[str, dict[str, Any]]]:
+    """Return transforms that go ``strength`` times as far; 1 leaves them as they are, 0: nowhere.
+
+    What spreads around a neutral value spreads so much wider, padding is so many times wider, the
+    smallest crop so much smaller. A transform without such a parameter is applied so many times
+    as often, at most always; a flip has no strength.
+    """
+    return [
+        {name: scaled_transform(name, dict(arguments or {}), strength)}
+        for transform in transforms
+        for name, arguments in transform.items()
+    ]
+
+
+def scaled_transform(name: str, given: dict[str, Any], strength: float) -> dict[str, Any]:
+    """Return one transform's arguments, scaled."""
+    table = TRANSFORM_PARAMETERS.get(name)
+    if table is None or name == "flip":
+        return given
+    full = {key: parameter.default for key, parameter in table.items()} | given
+    scaled: dict[str, Any] = {}
+    for key, parameter in table.items():
+        if parameter.spread_around is not None:
+            scaled[key] = spread(full[key], parameter, strength)
+        elif key == "padding":
+            scaled[key] = round(full[key] * strength)
+        elif name == "random_resized_crop" and key == "scale":
+            scaled[key] = [max(0.05, 1 - (1 - end) * strength) for end in pair(full[key])]
+    if not scaled and "probability" in table:
+        scaled["probability"] = min(1.0, full["probability"] * strength)
+    return given | scaled
+
+
+def spread(value: Any, parameter: Parameter, strength: float) -> list[float]:
+    """Return a range that lies ``strength`` times as far around its neutral value."""
+    around = parameter.spread_around
+    assert around is not None, "chosen by the caller"
+    low, high = value if isinstance(value, list | tuple) else (around - value, around + value)
+    low, high = around + (low - around) * strength, around + (high - around) * strength
+    return [max(low, parameter.at_least), min(high, parameter.at_most)]
+
+
+def pair(value: Any) -> tuple[float, float]:
+    """Return both ends of a range, which may be one number."""
+    return tuple(value) if isinstance(value, list | tuple) else (value, value)

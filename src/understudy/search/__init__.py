@@ -1,0 +1,1 @@
+"""Searches: which values are tried, in what order, and what came of them."""

@@ -1,0 +1,158 @@
+"""What came of a search: trials, the best ones, and which parameters mattered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from understudy.search.plan import OBJECTIVES, SearchPlan
+from understudy.search.study import MEASURES_KEY, REASON_KEY, import_optuna, plain_value
+
+if TYPE_CHECKING:
+    import optuna
+
+MIN_TRIALS_FOR_IMPORTANCE = 4
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial.
+
+    Attributes:
+        number: from 0.
+        state: complete, pruned, failed, running or waiting.
+        settings: path to value, ties included.
+        measures: what was measured on the validation split, of the network or of its file.
+        curve: (epoch, validation accuracy) as far as it was watched for pruning.
+        seconds: from the first process that took it up to its end.
+        reason: why it failed.
+    """
+
+    number: int
+    state: str
+    settings: dict[str, Any]
+    measures: dict[str, Any]
+    curve: tuple[tuple[int, float], ...]
+    seconds: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class SearchResults:
+    """A search as it stands.
+
+    Attributes:
+        best: numbers of the trials that no other beats in every objective, the best accuracy
+            first; with one objective a single one.
+        importances: objective to parameter to its share of the objective's variance over the
+            trials (functional ANOVA, Hutter, Hoos and Leyton-Brown 2014), largest first; empty
+            where too few trials are complete.
+    """
+
+    name: str
+    plan: dict[str, Any]
+    trials: tuple[TrialRow, ...]
+    best: tuple[int, ...]
+    importances: dict[str, dict[str, float]]
+    recipe: dict[str, Any]
+    folder: str
+    test_was_read: bool = False
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The objectives' names."""
+        return tuple(self.plan["objectives"])
+
+    @property
+    def complete(self) -> list[TrialRow]:
+        """The trials that have a result."""
+        return [row for row in self.trials if row.state == "complete"]
+
+    def to_json(self) -> str:
+        """Return everything as JSON text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def read_results(
+    study: optuna.Study, plan: SearchPlan, *, name: str, folder: str, recipe: Mapping[str, Any]
+) -> SearchResults:
+    """Return the results of a study; ``recipe`` is what every trial started from."""
+    rows = tuple(trial_row(frozen, plan) for frozen in study.get_trials(deepcopy=False))
+    return SearchResults(
+        name=name,
+        plan=plan.to_json(),
+        trials=rows,
+        best=best_of(rows, plan.objectives),
+        importances=importances(study, plan),
+        recipe=dict(recipe),
+        folder=folder,
+    )
+
+
+def trial_row(frozen: optuna.trial.FrozenTrial, plan: SearchPlan) -> TrialRow:
+    """Return one trial as plain values."""
+    parameters = plan.space.parameters
+    known = frozen.params or frozen.system_attrs.get("fixed_params", {})
+    drawn = {
+        path: plain_value(parameters[path], known[path]) for path in parameters if path in known
+    }
+    duration = frozen.duration
+    return TrialRow(
+        number=frozen.number,
+        state={"COMPLETE": "complete", "FAIL": "failed"}.get(
+            frozen.state.name, frozen.state.name.lower()
+        ),
+        settings=plan.space.settings(drawn) if len(drawn) == len(parameters) else drawn,
+        measures=dict(frozen.user_attrs.get(MEASURES_KEY, {})),
+        curve=tuple(sorted(frozen.intermediate_values.items())),
+        seconds=None if duration is None else duration.total_seconds(),
+        reason=frozen.user_attrs.get(REASON_KEY),
+    )
+
+
+def best_of(rows: Sequence[TrialRow], objectives: Sequence[str]) -> tuple[int, ...]:
+    """Return the numbers of the trials that no other one dominates.
+
+    One trial dominates another if it is no worse in any objective and better in one; among equal
+    ones, the first counts.
+    """
+    signs = [1 if OBJECTIVES[name] == "maximize" else -1 for name in objectives]
+    scores = {
+        row.number: tuple(
+            sign * row.measures[name] for sign, name in zip(signs, objectives, strict=True)
+        )
+        for row in rows
+        if row.state == "complete"
+    }
+    front: dict[tuple[float, ...], int] = {}
+    for number, score in scores.items():
+        beaten = any(
+            other != score and all(a >= b for a, b in zip(other, score, strict=True))
+            for other in scores.values()
+        )
+        if not beaten:
+            front.setdefault(score, number)
+    return tuple(front[score] for score in sorted(front, reverse=True))
+
+
+def importances(study: optuna.Study, plan: SearchPlan) -> dict[str, dict[str, float]]:
+    """Return each parameter's share of every objective's variance, where that can be told."""
+    optuna = import_optuna()
+    states = (optuna.trial.TrialState.COMPLETE,)
+    trials = study.get_trials(deepcopy=False, states=states)
+    if len(trials) < MIN_TRIALS_FOR_IMPORTANCE:
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for position, name in enumerate(plan.objectives):
+        values = {trial.values[position] for trial in trials}
+        if len(values) < 2:
+            continue
+        shares = optuna.importance.get_param_importances(
+            study,
+            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+            target=lambda trial, position=position: trial.values[position],
+        )
+        found[name] = {path: float(share) for path, share in shares.items()}
+    return found

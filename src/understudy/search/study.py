@@ -1,0 +1,266 @@
+"""Trials in order: drawn, given to the objective, recorded; Optuna keeps them.
+
+Any number of processes work on one study. A trial whose process died is taken up by the next
+process that looks for work on the same machine and folder, with the same values: what its training
+left on disk is continued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from understudy.errors import InputError, MissingExtraError, UnderstudyError, problem
+from understudy.progress import log
+from understudy.runtime import derive_seed
+from understudy.search.plan import OBJECTIVES, Attempt, Objective, Pruned, SearchPlan
+from understudy.search.space import Choice, Range, yaml_text
+
+if TYPE_CHECKING:
+    import optuna
+
+PLAN_KEY, FOLDER_KEY, REASON_KEY, MEASURES_KEY = "plan", "folder", "reason", "measures"
+TRIALS_NAME = "trials"
+
+
+def import_optuna() -> Any:
+    """Return Optuna, quiet; or say which extra brings it."""
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise MissingExtraError("optuna", "search") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def open_study(storage: str, name: str, plan: SearchPlan) -> optuna.Study:
+    """Create a study, or go on with the one of this name.
+
+    Args:
+        storage: URL of a database, such as ``sqlite:////folder/search.db``.
+
+    Raises:
+        InputError: the database cannot be used, or holds a search with another plan.
+    """
+    library = import_optuna()
+    try:
+        study: optuna.Study = library.create_study(
+            storage=storage,
+            study_name=name,
+            directions=[OBJECTIVES[objective] for objective in plan.objectives],
+            load_if_exists=True,
+        )
+    except Exception as error:
+        # The driver of the database is the user's choice, and so are its exceptions.
+        line = " ".join(str(error).split())[:300]
+        raise InputError(
+            problem(
+                f"the storage {storage} cannot be used ({line})",
+                expected="the URL of a database that SQLAlchemy opens",
+                mend="Correct --storage; without it, a file in the search folder is used.",
+            )
+        ) from None
+    found = study.user_attrs.get(PLAN_KEY)
+    if found is None:
+        study.set_user_attr(PLAN_KEY, plan.to_json())
+    elif found != plan.to_json():
+        raise InputError(
+            problem(
+                f"'{name}' in {storage} is another search: {difference(found, plan.to_json())}",
+                expected="the same space, objectives, sampler and seed, to go on",
+                mend="Give what was given before, or another --out.",
+            )
+        )
+    study.pruner = make_pruner(plan)
+    return study
+
+
+def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Return the first thing in which two plans differ."""
+    for key, value in asked.items():
+        if found.get(key) != value:
+            return f"its {key} is {found.get(key)}, and {value} was asked for"
+    return "its plan differs"
+
+
+def make_pruner(plan: SearchPlan) -> optuna.pruners.BasePruner:
+    """Return the pruner of a plan."""
+    pruners = import_optuna().pruners
+    if not plan.prunes:
+        return pruners.NopPruner()
+    makers = {
+        "median": lambda: pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1),
+        "halving": lambda: pruners.SuccessiveHalvingPruner(),
+        "hyperband": lambda: pruners.HyperbandPruner(),
+    }
+    return makers[plan.pruner]()
+
+
+def make_sampler(plan: SearchPlan, num_drawn: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler of the next trial: a function of the seed and the trials so far.
+
+    A sampler of the whole search would draw the first values again when a search goes on.
+    """
+    samplers = import_optuna().samplers
+    seed = derive_seed(plan.seed, "search", num_drawn) % (1 << 32)
+    if plan.sampler == "tpe":
+        return samplers.TPESampler(seed=seed)
+    if plan.sampler == "nsga2":
+        return samplers.NSGAIISampler(seed=seed)
+    return samplers.RandomSampler(seed=seed)
+
+
+def prepare(study: optuna.Study, plan: SearchPlan, folder: Path) -> None:
+    """Put the points of a grid into the queue, once."""
+    if plan.sampler != "grid":
+        return
+    with locked(folder / "draw.lock"):
+        missing = plan.space.grid()[len(study.get_trials(deepcopy=False)) :]
+        for point in missing[: num_left(study, plan)]:
+            study.enqueue_trial({path: stored(value) for path, value in point.items()})
+
+
+def num_left(study: optuna.Study, plan: SearchPlan) -> int:
+    """Return how many trials may still be drawn."""
+    wanted = plan.num_trials
+    if plan.sampler == "grid":
+        size = len(plan.space.grid())
+        wanted = size if wanted is None else min(size, wanted)
+    assert wanted is not None, "checked: only a grid is without a number"
+    return max(0, wanted - len(study.get_trials(deepcopy=False)))
+
+
+def work(study: optuna.Study, plan: SearchPlan, folder: Path, objective: Objective) -> None:
+    """Do trials until none is left to draw or to take over."""
+    while (taken := take(study, plan, folder)) is not None:
+        trial, lock = taken
+        with contextlib.closing(lock):
+            run_trial(study, plan, trial, trial_folder(folder, trial.number), objective)
+
+
+def take(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Trial, Any] | None:
+    """Return a trial, with the lock that says that it is worked on; None: nothing is left."""
+    optuna = import_optuna()
+    states = optuna.trial.TrialState
+    with locked(folder / "draw.lock"):
+        for frozen in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+            if frozen.user_attrs.get(FOLDER_KEY) != place(folder):
+                continue  # of another machine
+            lock = try_lock(trial_folder(folder, frozen.number))
+            if lock is not None:
+                log.info("trial %d: taken up where its process left it", frozen.number)
+                return optuna.trial.Trial(study, frozen._trial_id), lock
+        waiting = study.get_trials(deepcopy=False, states=(states.WAITING,))
+        left = 0 if plan.sampler == "grid" else num_left(study, plan)
+        if not waiting and left == 0:
+            return None
+        study.sampler = make_sampler(plan, len(study.get_trials(deepcopy=False)))
+        trial = study.ask()
+        trial.set_user_attr(FOLDER_KEY, place(folder))
+        lock = try_lock(trial_folder(folder, trial.number))
+        if lock is None:
+            raise InputError(
+                problem(
+                    f"{trial_folder(folder, trial.number)} is in use by another search",
+                    expected="a folder for one search",
+                    mend="Choose another --out.",
+                )
+            )
+        return trial, lock
+
+
+def run_trial(
+    study: optuna.Study, plan: SearchPlan, trial: optuna.Trial, folder: Path, objective: Objective
+) -> None:
+    """Give a trial to the objective and tell the study how it ended."""
+    states = import_optuna().trial.TrialState
+    settings = plan.space.settings(
+        {path: draw(trial, path, plan) for path in plan.space.parameters}
+    )
+    log.info("trial %d: %s", trial.number, ", ".join(f"{k}={v}" for k, v in settings.items()))
+    reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+
+    def report(epoch: int, accuracy: float) -> None:
+        if not plan.prunes or epoch in reported:
+            return
+        trial.report(accuracy, epoch)
+        if trial.should_prune():
+            raise Pruned
+
+    try:
+        measures = objective(Attempt(trial.number, settings, folder, report))
+    except Pruned:
+        study.tell(trial, state=states.PRUNED)
+        log.info("trial %d: stopped, others were better at this point", trial.number)
+    except UnderstudyError as error:
+        trial.set_user_attr(REASON_KEY, str(error))
+        study.tell(trial, state=states.FAIL)
+        log.warning("trial %d failed: %s", trial.number, error)
+    else:
+        trial.set_user_attr(MEASURES_KEY, dict(measures))
+        study.tell(trial, [float(measures[name]) for name in plan.objectives])
+        shown = ", ".join(f"{name} {measures[name]:.6g}" for name in plan.objectives)
+        log.info("trial %d: %s", trial.number, shown)
+
+
+def draw(trial: optuna.Trial, path: str, plan: SearchPlan) -> Any:
+    """Return a trial's value of one parameter."""
+    parameter = plan.space.parameters[path]
+    if isinstance(parameter, Choice):
+        found = trial.suggest_categorical(path, [stored(value) for value in parameter.values])
+        return next(value for value in parameter.values if stored(value) == found)
+    assert isinstance(parameter, Range)
+    if parameter.whole:
+        return trial.suggest_int(path, int(parameter.low), int(parameter.high), log=parameter.log)
+    return trial.suggest_float(path, parameter.low, parameter.high, log=parameter.log)
+
+
+def stored(value: Any) -> Any:
+    """Return a value as the database keeps it: scalars as they are, others as YAML."""
+    return (
+        value if value is None or isinstance(value, bool | int | float | str) else yaml_text(value)
+    )
+
+
+def plain_value(parameter: Range | Choice, value: Any) -> Any:
+    """Return the value that ``stored`` was given."""
+    if isinstance(parameter, Choice) and isinstance(value, str) and value not in parameter.values:
+        return yaml.safe_load(value)
+    return value
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    """Return the folder of one trial."""
+    return folder / TRIALS_NAME / f"{number:04d}"
+
+
+def place(folder: Path) -> str:
+    """Return where a search folder is, on which machine."""
+    return f"{socket.gethostname()}:{folder.resolve()}"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock among the processes of this machine, after waiting for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def try_lock(folder: Path) -> Any:
+    """Return an open file that holds a folder's lock, or None where another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".trial.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
