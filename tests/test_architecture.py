@@ -33,8 +33,9 @@ LAYERS = {
     "recipes": 8,
     "stages": 8,
     "cli_groups": 10,
-    "cli": 11,
-    "__main__": 12,
+    "cli_search": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 
@@ -129,6 +130,7 @@ def test_the_public_surface_is_what_it_was():
         "release",
         "remove_head",
         "report",
+        "search",
         "teach",
         "train",
     ]
@@ -173,6 +175,17 @@ def test_the_command_line_is_what_it_was():
             "--threads",
         ],
         "exits": common,
+        "search": [
+            "--objective",
+            "--out",
+            "--pruner",
+            "--sampler",
+            "--set",
+            "--space",
+            "--storage",
+            "--trials",
+            "--workers",
+        ],
         "heads add": ["--label-column", "--set", "--task"],
         "heads list": [],
         "heads remove": ["--task"],

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from understudy.cli_groups import SetOption
+from understudy.errors import EXIT_FAILURE
 
 
 def search(
@@ -62,5 +63,6 @@ def search(
     print(search_text(results))
     folder = results.folder
     print(f"report: {Path(folder) / PAGE_NAME}.html")
-    if results.best:
-        print(f"recipe: {Path(folder) / BEST_NAME}")
+    if not results.best:
+        raise typer.Exit(EXIT_FAILURE)
+    print(f"recipe: {Path(folder) / BEST_NAME}")

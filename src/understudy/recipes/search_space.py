@@ -8,6 +8,7 @@ from typing import Any
 
 from understudy.data.view_spec import TRANSFORM_PARAMETERS, Parameter
 from understudy.errors import InputError, RecipeError, problem
+from understudy.models.catalog import check_model
 from understudy.recipes.files import apply_change
 from understudy.recipes.schema import Recipe, parse_recipe
 from understudy.search.plan import Attempt
@@ -76,10 +77,10 @@ def check_space(values: Mapping[str, Any], space: Space) -> None:
         problems.append(problem(given, expected="views.transforms to scale", mend=mend))
     for path, parameter in space.parameters.items():
         for value in sample_values(parameter):
+            changed = with_settings(values, space.settings(first | {path: value}))
             try:
-                parse_recipe(
-                    with_settings(values, space.settings(first | {path: value})), origin="--space"
-                )
+                model = parse_recipe(changed, origin="--space").student.model
+                problems += check_model(model.name, model.arguments)
             except RecipeError as error:
                 problems += error.problems
     if problems:

@@ -153,7 +153,12 @@ def take(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Tr
             if frozen.user_attrs.get(FOLDER_KEY) != place(folder):
                 continue  # of another machine
             lock = try_lock(trial_folder(folder, frozen.number))
-            if lock is not None:
+            if lock is None:
+                continue
+            # Its process may have finished it after the list was made, and then let go of it.
+            if study.get_trials(deepcopy=False)[frozen.number].state != states.RUNNING:
+                lock.close()
+            else:
                 log.info("trial %d: taken up where its process left it", frozen.number)
                 return optuna.trial.Trial(study, frozen._trial_id), lock
         waiting = study.get_trials(deepcopy=False, states=(states.WAITING,))

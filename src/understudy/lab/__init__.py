@@ -1,0 +1,1 @@
+"""The lab: published experiments, run again number by number."""

@@ -1,0 +1,82 @@
+"""The command on a tiny recipe: files, going on, several processes, wrong input."""
+
+import json
+
+import pytest
+import yaml
+
+from understudy.artifacts import file_hash
+
+
+def search(warm, tiny_recipe, folder, *options):
+    return warm.run("search", tiny_recipe, "--out", folder / "s", *options, home=folder / "home")
+
+
+@pytest.fixture(scope="module")
+def searched(warm, tiny_recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    finished = search(
+        warm, tiny_recipe, folder, "--trials", "2", "--space", "training.num_epochs=int:1..3"
+    )
+    assert finished.code == 0, finished.err
+    return folder, finished
+
+
+def test_it_writes_results_page_and_a_recipe_that_runs(warm, searched):
+    folder, finished = searched
+    results = json.loads((folder / "s" / "search.json").read_text())
+    best = results["trials"][results["best"][0]]
+    recipe = yaml.safe_load((folder / "s" / "best.yaml").read_text())
+    assert recipe["training"]["num_epochs"] == best["settings"]["training.num_epochs"]
+    assert recipe["control"] is True
+    assert f"trial {best['number']}" in finished.out
+    assert "best.yaml" in finished.out
+    page = (folder / "s" / "search.html").read_text()
+    assert "training.num_epochs" in page
+    assert results["test_was_read"] is False
+    # No stage that reads the test split was run.
+    kinds = {path.parent.name for path in (folder / "s").rglob("record.json")}
+    assert kinds == {"split", "teacher", "labels", "student"}
+
+
+def test_the_teacher_is_trained_once(searched):
+    folder, _ = searched
+    teachers = (folder / "s").rglob("teacher/model.safetensors")
+    assert len({file_hash(path) for path in teachers}) == 1
+    assert len(list((folder / "s").rglob("teacher/checkpoint.pt"))) == 1
+
+
+def test_the_same_command_goes_on_and_finished_trials_stay(warm, tiny_recipe, searched):
+    folder, _ = searched
+    before = json.loads((folder / "s" / "search.json").read_text())["trials"]
+    space = "training.num_epochs=int:1..3"
+    more = search(warm, tiny_recipe, folder, "--trials", "3", "--space", space)
+    assert more.code == 0, more.err
+    after = json.loads((folder / "s" / "search.json").read_text())["trials"]
+    assert after[:2] == before
+    assert len(after) == 3
+    other = search(warm, tiny_recipe, folder, "--trials", "3", "--space", "seed=int:0..3")
+    assert other.code == 2
+    assert "is another search" in other.err
+
+
+def test_two_processes_finish_a_grid(warm, tiny_recipe, tmp_path):
+    grid = ["--sampler", "grid", "--space", "distillation.temperature=1|4", "--workers", "2"]
+    finished = search(warm, tiny_recipe, tmp_path, *grid)
+    assert finished.code == 0, finished.err
+    rows = json.loads((tmp_path / "s" / "search.json").read_text())["trials"]
+    assert [row["state"] for row in rows] == ["complete"] * 2
+    assert [row["settings"]["distillation.temperature"] for row in rows] == [1, 4]
+
+
+def test_wrong_input_is_one_message_each_and_starts_nothing(warm, tiny_recipe, tmp_path):
+    finished = search(
+        warm, tiny_recipe, tmp_path, "--space", "distilation.kl_weight=1|2", "--space", "seed=-1|1"
+    )
+    assert finished.code == 2
+    assert "Did you mean `distillation`" in finished.err
+    assert "`seed` is -1" in finished.err
+    assert "Traceback" not in finished.err
+    assert not (tmp_path / "s" / "base").exists()
+    assert search(warm, tiny_recipe, tmp_path, "--objective", "speed").code == 2
+    assert search(warm, tiny_recipe, tmp_path, "--workers", "0").code == 2

@@ -1,0 +1,178 @@
+"""Trials: their order, what a killed process leaves, pruning, fronts and importances."""
+
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from understudy.errors import InputError, TrainingError
+from understudy.search.plan import Pruned, SearchPlan
+from understudy.search.results import best_of, read_results
+from understudy.search.space import parse_space
+from understudy.search.study import open_study, prepare, trial_folder, work
+
+SPACE = parse_space(["x=0..1", "y=1|2|4"])
+GRID = parse_space(["x=1|2|3", "y=a|b"])
+
+
+def url(folder):
+    return f"sqlite:///{folder / 'search.db'}"
+
+
+def searched(plan, folder, objective):
+    folder.mkdir(exist_ok=True)
+    study = open_study(url(folder), "s", plan)
+    prepare(study, plan, folder)
+    work(study, plan, folder, objective)
+    return read_results(study, plan, name="s", folder=str(folder), recipe={})
+
+
+def height(attempt):
+    return {"accuracy": 1 - (attempt.settings["x"] - 0.3) ** 2}
+
+
+def test_a_grid_tries_every_combination_once_and_no_more_when_repeated(tmp_path):
+    plan = SearchPlan(GRID, sampler="grid")
+    seen = []
+
+    def objective(attempt):
+        seen.append(dict(attempt.settings))
+        return {"accuracy": attempt.settings["x"] / 10}
+
+    results = searched(plan, tmp_path, objective)
+    assert seen == GRID.grid()
+    assert results.best == (4,)  # the first of two equal ones
+    searched(plan, tmp_path, objective)
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_search_in_pieces_draws_what_it_draws_in_one(tmp_path, sampler):
+    whole = searched(SearchPlan(SPACE, sampler=sampler, num_trials=14), tmp_path / "a", height)
+    for num in (3, 11, 14):
+        parts = searched(SearchPlan(SPACE, sampler=sampler, num_trials=num), tmp_path / "b", height)
+    assert [row.settings for row in parts.trials] == [row.settings for row in whole.trials]
+    other = SearchPlan(SPACE, sampler=sampler, num_trials=3, seed=1)
+    assert searched(other, tmp_path / "c", height).trials[0].settings != whole.trials[0].settings
+
+
+def test_another_space_in_the_same_database_is_refused(tmp_path):
+    searched(SearchPlan(SPACE, num_trials=1), tmp_path, height)
+    with pytest.raises(InputError, match="is another search: its space is"):
+        open_study(url(tmp_path), "s", SearchPlan(GRID, num_trials=1))
+    with pytest.raises(InputError, match="cannot be used"):
+        open_study("nosuchdb://x", "s", SearchPlan(SPACE, num_trials=1))
+
+
+def test_a_failed_trial_has_its_reason_and_the_search_goes_on(tmp_path):
+    def objective(attempt):
+        if attempt.number == 1:
+            raise TrainingError("the loss is not finite")
+        return height(attempt)
+
+    results = searched(SearchPlan(SPACE, num_trials=3), tmp_path, objective)
+    assert [row.state for row in results.trials] == ["complete", "failed", "complete"]
+    assert results.trials[1].reason == "the loss is not finite"
+
+
+def test_poor_trials_are_stopped(tmp_path):
+    def objective(attempt):
+        for epoch in range(6):
+            attempt.report(epoch, 0.9 if attempt.number < 4 else 0.1)
+        return {"accuracy": 0.9}
+
+    results = searched(SearchPlan(SPACE, num_trials=6), tmp_path, objective)
+    assert [row.state for row in results.trials] == ["complete"] * 4 + ["pruned"] * 2
+    assert len(results.trials[4].curve) < 6
+    free = searched(SearchPlan(SPACE, num_trials=6, pruner="none"), tmp_path / "n", objective)
+    assert {row.state for row in free.trials} == {"complete"}
+
+
+def die_in_second_trial(folder):
+    def objective(attempt):
+        attempt.folder.mkdir(exist_ok=True)
+        (attempt.folder / "work").write_text(str(attempt.settings))
+        if attempt.number == 1:
+            os._exit(9)
+        return height(attempt)
+
+    searched(SearchPlan(SPACE, num_trials=3), folder, objective)
+
+
+def test_a_dead_process_leaves_its_trial_to_the_next_one(tmp_path):
+    process = multiprocessing.get_context("fork").Process(
+        target=die_in_second_trial, args=(tmp_path,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    left = (trial_folder(tmp_path, 1) / "work").read_text()
+    taken_up = []
+
+    def objective(attempt):
+        taken_up.append((attempt.number, str(dict(attempt.settings))))
+        return height(attempt)
+
+    results = searched(SearchPlan(SPACE, num_trials=3), tmp_path, objective)
+    assert taken_up[0] == (1, left)
+    assert [number for number, _ in taken_up] == [1, 2]
+    assert [row.state for row in results.trials] == ["complete"] * 3
+    whole = searched(SearchPlan(SPACE, num_trials=3), tmp_path / "whole", height)
+    assert [row.settings for row in whole.trials] == [row.settings for row in results.trials]
+
+
+def slow_share(folder):
+    def objective(attempt):
+        time.sleep(0.05)
+        return {"accuracy": 0.5}
+
+    searched(SearchPlan(GRID, sampler="grid"), folder, objective)
+
+
+def test_processes_share_a_grid_without_doing_anything_twice(tmp_path):
+    plan = SearchPlan(GRID, sampler="grid")
+    prepare(open_study(url(tmp_path), "s", plan), plan, tmp_path)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=slow_share, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    study = open_study(url(tmp_path), "s", plan)
+    rows = read_results(study, plan, name="s", folder="", recipe={}).trials
+    assert [row.state for row in rows] == ["complete"] * 6
+    assert [row.settings for row in rows] == GRID.grid()
+
+
+def test_the_front_is_what_a_plain_search_finds(tmp_path):
+    def objective(attempt):
+        x = attempt.settings["x"]
+        return {"accuracy": x, "macs": 10 * x + attempt.settings["y"]}
+
+    plan = SearchPlan(
+        SPACE, objectives=("accuracy", "macs"), sampler="nsga2", pruner="none", num_trials=20
+    )
+    results = searched(plan, tmp_path, objective)
+    found = {(row.measures["accuracy"], row.measures["macs"]) for row in results.trials}
+    front = {p for p in found if not any(q[0] >= p[0] and q[1] <= p[1] and q != p for q in found)}
+    rows = {row.number: row for row in results.trials}
+    told = [(rows[k].measures["accuracy"], rows[k].measures["macs"]) for k in results.best]
+    assert set(told) == front
+    assert told == sorted(told, reverse=True)
+    assert best_of([], ("accuracy",)) == ()
+
+
+def test_what_matters_has_the_larger_importance(tmp_path):
+    plan = SearchPlan(SPACE, sampler="random", num_trials=25)
+    shares = searched(plan, tmp_path, height).importances["accuracy"]
+    assert shares["x"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
+    assert not searched(SearchPlan(SPACE, num_trials=2), tmp_path / "few", height).importances
+
+
+def test_pruned_is_not_an_error_of_the_package():
+    from understudy.errors import UnderstudyError
+
+    assert not issubclass(Pruned, UnderstudyError)
