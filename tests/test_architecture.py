@@ -121,6 +121,7 @@ def test_the_public_surface_is_what_it_was():
     assert stages.__all__ == [
         "add_head",
         "compress",
+        "design",
         "distill",
         "evaluate",
         "exits",
@@ -175,6 +176,17 @@ def test_the_command_line_is_what_it_was():
             "--threads",
         ],
         "exits": common,
+        "design": [
+            "--budget",
+            "--candidates",
+            "--device",
+            "--epochs",
+            "--factor",
+            "--family",
+            "--fill",
+            "--out",
+            "--set",
+        ],
         "search": [
             "--objective",
             "--out",

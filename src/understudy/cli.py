@@ -20,7 +20,7 @@ from understudy.cli_groups import (
     store_app,
     teachers_app,
 )
-from understudy.cli_search import search
+from understudy.cli_search import design, search
 from understudy.errors import (
     EXIT_BAD_INPUT,
     EXIT_BUDGET_MISSED,
@@ -47,6 +47,7 @@ app.add_typer(heads_app, name="heads")
 app.add_typer(store_app, name="store")
 app.add_typer(teachers_app, name="teachers")
 app.command()(search)
+app.command()(design)
 
 RecipeArgument = Annotated[
     str | None,

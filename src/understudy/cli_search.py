@@ -66,3 +66,56 @@ def search(
     if not results.best:
         raise typer.Exit(EXIT_FAILURE)
     print(f"recipe: {Path(folder) / BEST_NAME}")
+
+
+def design(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE")] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="LIMIT=VALUE",
+            help="As num_params=12000, latency_ms=50 (one picture, one thread), train_hours=2; "
+            "repeatable. Default: the recipe's.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="NAME", help="A device profile's limits.")
+    ] = None,
+    families: Annotated[
+        list[str] | None,
+        typer.Option("--family", help="inverted, separable, resnet, paper_student; repeatable."),
+    ] = None,
+    candidates: Annotated[int, typer.Option("--candidates", help="In the first round.")] = 18,
+    epochs: Annotated[
+        list[int] | None, typer.Option("--epochs", help="Of each round. Default: 1, 3 and 9.")
+    ] = None,
+    factor: Annotated[int, typer.Option("--factor", help="A round keeps one in so many.")] = 3,
+    fill: Annotated[
+        float, typer.Option("--fill", help="Least share of num_params that a candidate uses.")
+    ] = 0.5,
+    changes: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME-design.")
+    ] = None,
+) -> None:
+    """Look for a student's architecture under a budget; the same command continues a search."""
+    from understudy import stages
+    from understudy.recipes.design import BEST_NAME, DesignPlan
+    from understudy.recipes.design_job import page_of
+    from understudy.report.design_views import design_text
+
+    default = DesignPlan()
+    plan = DesignPlan(
+        families=tuple(families or default.families),
+        num_candidates=candidates,
+        epochs=tuple(epochs or default.epochs),
+        factor=factor,
+        fill=fill,
+    )
+    found = stages.design(
+        recipe, budget=budget or (), device=device, plan=plan, changes=changes or (), out=out
+    )
+    print(design_text(found))
+    print(f"report: {page_of(found)}")
+    print(f"recipe: {Path(found.folder) / BEST_NAME}")

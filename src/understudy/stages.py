@@ -13,6 +13,8 @@ from understudy.progress import log
 from understudy.recipes.chain import run_steps
 from understudy.recipes.check import check_recipe, parse_checked
 from understudy.recipes.compress import compress as compress_stage
+from understudy.recipes.design import Design, DesignPlan
+from understudy.recipes.design_job import open_design, run_design
 from understudy.recipes.evaluate import evaluate as evaluate_stage
 from understudy.recipes.exits import exits as exits_stage
 from understudy.recipes.export import export as export_stage
@@ -40,6 +42,7 @@ from understudy.search.results import SearchResults
 __all__ = [
     "add_head",
     "compress",
+    "design",
     "distill",
     "evaluate",
     "exits",
@@ -55,6 +58,7 @@ __all__ = [
 ]
 
 DEFAULT_TRIALS = 20
+DEFAULT_DESIGN = DesignPlan()
 
 
 def distill(
@@ -330,6 +334,32 @@ def search(
     )
     check_recipe(base_run(asked))
     return run_search(asked, train_student, prepare_teachers, workers)
+
+
+def design(
+    recipe: RecipeLike = None,
+    *,
+    budget: Sequence[str] = (),
+    device: str | None = None,
+    plan: DesignPlan = DEFAULT_DESIGN,
+    changes: Sequence[str] = (),
+    out: str | Path | None = None,
+) -> Design:
+    """Look for a student: draw networks that keep the budget, train them in rounds.
+
+    The same call continues a search that was stopped. The test split is never read.
+
+    Args:
+        budget: ``limit=value`` items, as in the recipe's ``budget``.
+        device: a profile whose limits count where the recipe has none.
+        plan: families, number of candidates, epochs of the rounds.
+        out: the folder; by default ``runs/NAME-design``.
+
+    Raises:
+        InputError: something given is wrong, or nothing fits the budget.
+    """
+    run = open_design(recipe, budget=budget, device=device, changes=changes, out=out)
+    return run_design(run, plan, train_student, prepare_teachers)
 
 
 def prepare_teachers(run: Run) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from understudy.search.halving import pareto
 from understudy.search.plan import OBJECTIVES, SearchPlan
 from understudy.search.study import MEASURES_KEY, REASON_KEY, import_optuna, plain_value
 
@@ -119,22 +120,13 @@ def best_of(rows: Sequence[TrialRow], objectives: Sequence[str]) -> tuple[int, .
     ones, the first counts.
     """
     signs = [1 if OBJECTIVES[name] == "maximize" else -1 for name in objectives]
-    scores = {
-        row.number: tuple(
-            sign * row.measures[name] for sign, name in zip(signs, objectives, strict=True)
-        )
-        for row in rows
-        if row.state == "complete"
-    }
-    front: dict[tuple[float, ...], int] = {}
-    for number, score in scores.items():
-        beaten = any(
-            other != score and all(a >= b for a, b in zip(other, score, strict=True))
-            for other in scores.values()
-        )
-        if not beaten:
-            front.setdefault(score, number)
-    return tuple(front[score] for score in sorted(front, reverse=True))
+    complete = [row for row in rows if row.state == "complete"]
+    scores = [
+        tuple(sign * row.measures[name] for sign, name in zip(signs, objectives, strict=True))
+        for row in complete
+    ]
+    best = sorted(pareto(scores), key=lambda position: scores[position], reverse=True)
+    return tuple(complete[position].number for position in best)
 
 
 def importances(study: optuna.Study, plan: SearchPlan) -> dict[str, dict[str, float]]:

@@ -1,0 +1,292 @@
+"""The search of a student's architecture under a budget.
+
+Candidates are drawn, those that break the budget are left out, and the rest are trained in rounds
+of successive halving, each round a whole short schedule with the teacher's stored outputs. Only the
+validation split is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from understudy.artifacts import Record, content_hash, write_json, write_text
+from understudy.errors import InputError, problem
+from understudy.progress import log, shown_progress
+from understudy.recipes.chain_proposal import LARGEST_STEP
+from understudy.recipes.design_costs import (
+    Candidate,
+    counted,
+    counts_fit,
+    num_params_of,
+    timed,
+    times_fit,
+    train_hours,
+)
+from understudy.recipes.networks import build_model, is_onnx
+from understudy.recipes.rank_probe import sharing
+from understudy.recipes.run import Run
+from understudy.recipes.schema import parse_recipe
+from understudy.recipes.search import with_finished_teachers
+from understudy.recipes.search_space import student_only
+from understudy.search.architectures import FAMILIES, drawn_architectures
+from understudy.search.halving import Rung, Score, halve, pareto, plan_rungs
+
+CANDIDATES_NAME, BEST_NAME, RESULTS_NAME = "candidates.json", "best.yaml", "design.json"
+TRAININGS_NAME = "trainings"
+# So many draws for each candidate wanted before the budget is called too tight.
+DRAWS_A_CANDIDATE = 300
+
+TrainStudent = Callable[[Run], Record]
+
+
+@dataclass(frozen=True)
+class DesignPlan:
+    """What a design search does.
+
+    Attributes:
+        families: names of ``FAMILIES``.
+        num_candidates: that fit the budget and are trained in the first round.
+        epochs: of each round.
+        factor: a round keeps a ``factor``-th of the candidates.
+        fill: candidates with fewer parameters than this share of ``budget.num_params`` are left
+            out: what the budget gives for nothing, a good student uses.
+    """
+
+    families: tuple[str, ...] = ("inverted", "separable", "resnet")
+    num_candidates: int = 18
+    epochs: tuple[int, ...] = (1, 3, 9)
+    factor: int = 3
+    fill: float = 0.5
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.families if name not in FAMILIES]
+        if unknown or not self.families:
+            raise InputError(
+                problem(
+                    f"families {', '.join(unknown) or '(none)'}",
+                    expected=f"some of {', '.join(FAMILIES)}",
+                    mend="Correct --family.",
+                )
+            )
+        if not 0 <= self.fill <= 1:
+            raise InputError(problem(f"fill {self.fill}", expected="0 to 1", mend="Correct it."))
+
+    @property
+    def rungs(self) -> list[Rung]:
+        """The rounds."""
+        return plan_rungs(self.num_candidates, epochs=self.epochs, factor=self.factor)
+
+
+@dataclass(frozen=True)
+class Design:
+    """What came of a design search.
+
+    Attributes:
+        scores: the last round of each trained candidate, the best first.
+        front: positions in ``scores``, among those of the last round, that no other one beats in
+            accuracy, parameters, latency and activation memory together.
+        gap: what the distance between teacher and best student advises.
+    """
+
+    name: str
+    plan: dict[str, Any]
+    budget: dict[str, Any]
+    candidates: tuple[Candidate, ...]
+    scores: tuple[Score, ...]
+    front: tuple[int, ...]
+    hours: dict[int, float]
+    num_drawn: int
+    gap: str
+    folder: str
+    test_was_read: bool = False
+
+    def candidate(self, number: int) -> Candidate:
+        """Return the candidate of this number."""
+        return next(item for item in self.candidates if item.number == number)
+
+
+def design(run: Run, plan: DesignPlan, train_student: TrainStudent) -> Design:
+    """Draw, filter, train in rounds; write design.json and best.yaml.
+
+    Args:
+        run: in the design folder, its teachers finished.
+
+    Raises:
+        InputError: nothing that was drawn fits the budget.
+    """
+    candidates, num_drawn = fitting_candidates(run, plan)
+    rungs = plan_rungs(len(candidates), epochs=plan.epochs, factor=plan.factor)
+    by_number = {item.number: item for item in candidates}
+    values = student_only(with_finished_teachers(run))
+
+    def accuracy(number: int, rung: Rung) -> float:
+        made = training_run(run, values, by_number[number], rung)
+        record = train_student(made)
+        found: float = record.payload["rows"][-1]["validation_accuracy"]
+        return found
+
+    scores = halve([item.number for item in candidates], rungs, accuracy)
+    best = by_number[scores[0].candidate]
+    result = Design(
+        name=run.recipe.name,
+        plan=asdict(plan),
+        budget=run.recipe.budget.model_dump(mode="json", exclude_none=True),
+        candidates=tuple(candidates),
+        scores=tuple(scores),
+        front=front_of(scores, by_number),
+        hours={item.number: train_hours(run, item) for item in candidates},
+        num_drawn=num_drawn,
+        gap=gap_note(run, best),
+        folder=str(run.folder),
+    )
+    write_json(run.folder / RESULTS_NAME, asdict(result))
+    write_text(run.folder / BEST_NAME, best_recipe(run, best))
+    return result
+
+
+def fitting_candidates(run: Run, plan: DesignPlan) -> tuple[list[Candidate], int]:
+    """Return candidates within the budget, and how many were drawn for them.
+
+    Times vary from one measurement to the next, so the list is kept: a search that goes on has
+    the candidates that it began with.
+    """
+    path = run.folder / CANDIDATES_NAME
+    key = content_hash(
+        [asdict(plan) | {"epochs": None}, run.recipe.section("seed", "data", "budget")]
+    )
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["key"] == key:
+            return [Candidate(**values) for values in kept["candidates"]], kept["num_drawn"]
+    found, num_drawn = draw_candidates(run, plan)
+    rows = [item.to_json() for item in found]
+    write_json(path, {"key": key, "num_drawn": num_drawn, "candidates": rows})
+    return found, num_drawn
+
+
+def draw_candidates(run: Run, plan: DesignPlan) -> tuple[list[Candidate], int]:
+    """Draw until enough candidates fit, each another one."""
+    budget, found = run.recipe.budget, []
+    least = plan.fill * (budget.num_params or 0)
+    seen: set[str] = set()
+    smallest: Candidate | None = None
+    most = DRAWS_A_CANDIDATE * plan.num_candidates
+    drawn = drawn_architectures(
+        plan.families, seed=run.recipe.seed, side=min(run.source.image_shape[1:])
+    )
+    number = 0
+    with shown_progress("candidates") as progress:
+        for number, (name, arguments) in zip(range(1, most + 1), drawn, strict=False):
+            if (key := content_hash([name, arguments])) in seen:
+                continue
+            seen.add(key)
+            num_params = num_params_of(run, name, arguments)
+            if smallest is None or num_params < smallest.num_params:
+                smallest = counted(run, number, name, arguments)
+            if not least <= num_params <= (budget.num_params or num_params):
+                continue
+            candidate = counted(run, number, name, arguments)
+            if not counts_fit(candidate, budget):
+                continue
+            candidate = timed(run, candidate, run.folder)
+            if times_fit(run, candidate):
+                found.append(candidate)
+                progress(len(found), plan.num_candidates, f"{number} drawn")
+            if len(found) == plan.num_candidates:
+                break
+    if not found:
+        raise nothing_fits(run, number, smallest)
+    if len(found) < plan.num_candidates:
+        log.warning("only %d of %d drawn networks fit the budget", len(found), number)
+    return found, number
+
+
+def nothing_fits(run: Run, num_drawn: int, smallest: Candidate | None) -> InputError:
+    """Return the error of a budget that no candidate keeps."""
+    limits = run.recipe.budget.model_dump(mode="json", exclude_none=True)
+    told = "nothing was counted"
+    if smallest is not None:
+        told = (
+            f"the smallest has {smallest.num_params:,} parameters, {smallest.macs:,} "
+            f"multiply-adds and {smallest.peak_activation_bytes:,} bytes of activations"
+        )
+    return InputError(
+        problem(
+            f"none of {num_drawn:,} drawn networks keeps the budget {limits}: {told}",
+            expected="a budget that a network of these families can keep",
+            mend="Raise the limits, name other families with --family, or lower --fill.",
+        )
+    )
+
+
+def training_run(run: Run, values: dict[str, Any], candidate: Candidate, rung: Rung) -> Run:
+    """Return the run of one training: the recipe's schedule in the round's epochs."""
+    training = values["training"]
+    share = rung.num_epochs / training["num_epochs"]
+    schedule = training["learning_rate_schedule"]
+    changed = values | {
+        "name": f"candidate-{candidate.number:04d}",
+        "student": {"model": {"name": candidate.name, "arguments": candidate.arguments}},
+        "views": values["views"]
+        | {"num_views": min(values["views"]["num_views"], rung.num_epochs)},
+        "finetuning": None,
+        "exits": None,
+        "training": training
+        | {
+            "num_epochs": rung.num_epochs,
+            "ema_decay": None,
+            "keep": "last",
+            "learning_rate_schedule": schedule
+            | {"warmup_epochs": min(schedule["warmup_epochs"] * share, rung.num_epochs / 4)},
+        },
+    }
+    folder = run.folder / TRAININGS_NAME / f"{candidate.number:04d}-{rung.num_epochs}"
+    return sharing(Run(parse_recipe(changed), folder, run.home), run, "source")
+
+
+def front_of(scores: Sequence[Score], candidates: dict[int, Candidate]) -> tuple[int, ...]:
+    """Return the positions, among the scores of the last round, that no other one beats."""
+    last = [score for score in scores if score.rung == scores[0].rung]
+    points = []
+    for score in last:
+        item = candidates[score.candidate]
+        points.append(
+            (score.accuracy, -item.num_params, -item.latency_ms, -item.peak_activation_bytes)
+        )
+    return tuple(pareto(points))
+
+
+def gap_note(run: Run, best: Candidate) -> str:
+    """Return what the teacher's size against the student's advises."""
+    if not run.teaches_first or is_onnx(run.teachers["teacher"].model):
+        return "The teacher's size is not known, so nothing can be said of the gap."
+    teacher = sum(p.numel() for p in build_model(run, "teacher").parameters())
+    ratio = teacher / best.num_params
+    told = f"The teacher has {teacher:,} parameters, {ratio:.0f} times the student's."
+    if ratio <= LARGEST_STEP:
+        return f"{told} No assistant is needed for a step of at most {LARGEST_STEP:g} times."
+    return (
+        f"{told} Steps above {LARGEST_STEP:g} times are where assistants helped (Mirzadeh et al. "
+        "2020): try --set strategy.name=progressive, and keep it if validation agrees."
+    )
+
+
+def best_recipe(run: Run, best: Candidate) -> str:
+    """Return the YAML of the recipe with the best candidate as its student."""
+    values = run.recipe.model_dump(mode="json")
+    values["student"]["model"] = {"name": best.name, "arguments": best.arguments}
+    values["name"] = f"{run.recipe.name}-best"
+    recipe = parse_recipe(values).model_dump(mode="json")
+    title = f"# {run.recipe.name}: the student that a design search on validation data found\n"
+    return title + yaml.safe_dump(recipe, sort_keys=False, width=100)
+
+
+def design_folder(name: str, out: str | Path | None) -> Path:
+    """Return the folder of a design search."""
+    return Path(out) if out is not None else Path("runs") / f"{name}-design"

@@ -1,0 +1,163 @@
+"""What a candidate student costs: size, operations, memory, time in the runtime and in training."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from understudy.evaluate.budget import Budget
+from understudy.evaluate.latency import measure_latency
+from understudy.export.onnx_file import export_onnx
+from understudy.models.build import NormalizedModel, build_network
+from understudy.models.cost import model_cost
+from understudy.recipes.networks import build_model
+from understudy.recipes.rank_probe import sharing
+from understudy.recipes.run import Run
+from understudy.recipes.sections import ModelSection
+from understudy.train.optimization import build_optimizer
+
+NUM_TIMED_STEPS = 3
+MARGIN = 0.9  # of a limit on time: what is measured again later varies
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that fits the budget.
+
+    Attributes:
+        peak_activation_bytes: float32, one picture.
+        latency_ms: in ONNX Runtime at the setting of the budget (or one picture, one thread).
+        step_ms: of training, the least of a few: forward, backward and update, without the data.
+    """
+
+    number: int
+    name: str
+    arguments: dict[str, Any]
+    num_params: int
+    macs: int
+    peak_activation_bytes: int
+    model_size_bytes: int = 0
+    latency_ms: float = 0.0
+    step_ms: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def counted(run: Run, number: int, name: str, arguments: dict[str, Any]) -> Candidate:
+    """Return a candidate with the costs that need no clock."""
+    model = candidate_model(run, name, arguments)
+    cost = model_cost(model, run.source.image_shape)
+    peak = cost.peak_activation_bytes
+    assert cost.macs is not None, "a network of torch is counted"
+    assert peak is not None, "a network of torch is counted"
+    return Candidate(number, name, arguments, cost.num_params, cost.macs, peak)
+
+
+def num_params_of(run: Run, name: str, arguments: dict[str, Any]) -> int:
+    """Return a network's parameters without making them, which takes a fraction of the time."""
+    with torch.device("meta"):
+        network = build_network(
+            name,
+            num_classes=len(run.source.class_names),
+            image_shape=run.source.image_shape,
+            arguments=arguments,
+        )
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def candidate_model(run: Run, name: str, arguments: dict[str, Any]) -> NormalizedModel:
+    """Return the network with its first weights; what it costs does not depend on them."""
+    return build_model(with_student(run, name, arguments), "student")
+
+
+def with_student(run: Run, name: str, arguments: dict[str, Any]) -> Run:
+    """Return the run with another student and the same data at hand."""
+    model = ModelSection(name=name, arguments=arguments)
+    recipe = run.recipe.model_copy(
+        update={"student": run.recipe.student.model_copy(update={"model": model})}
+    )
+    return sharing(Run(recipe, run.folder, run.home), run, "source", "splits")
+
+
+def counts_fit(candidate: Candidate, budget: Budget) -> bool:
+    """Return whether parameters and memory keep the budget, as far as it limits them."""
+    limits = (
+        (candidate.num_params, budget.num_params),
+        (4 * candidate.num_params, budget.model_size_bytes),
+        (candidate.num_params, budget.flash_bytes),  # int8: a byte a weight, and code besides
+        (candidate.peak_activation_bytes // 4, budget.ram_bytes),
+    )
+    return all(limit is None or value <= limit for value, limit in limits)
+
+
+def timed(run: Run, candidate: Candidate, folder: Path) -> Candidate:
+    """Return the candidate with latency, file size and the time of a training step."""
+    model = candidate_model(run, candidate.name, candidate.arguments)
+    path = folder / f"{candidate.number:04d}.onnx"
+    source, limit = run.source, run.recipe.budget.latency_ms
+    export_onnx(model, path, image_shape=source.image_shape, class_names=source.class_names)
+    batch, threads, percentile = (1, 1, 50)
+    if limit is not None:
+        batch, threads, percentile = limit.batch, limit.threads, limit.percentile
+    images = source.images(run.splits.train[:batch]).numpy()
+    found = measure_latency(
+        path,
+        images,
+        batch_sizes=[batch],
+        num_threads=[threads],
+        min_seconds=min(0.3, run.recipe.measurement.min_seconds),
+    )
+    row = found.measurements[0].to_json()
+    values = candidate.to_json() | {
+        "latency_ms": row[f"p{percentile}_ms"],
+        "model_size_bytes": path.stat().st_size,
+        "step_ms": step_ms(run, model),
+    }
+    path.unlink()
+    return Candidate(**values)
+
+
+def step_ms(run: Run, model: NormalizedModel) -> float:
+    """Return the time of one training step on the recipe's batch, the least of a few."""
+    settings, source = run.recipe.training, run.source
+    batch_N = run.splits.train[: settings.batch_size]
+    images, labels_N = source.images(batch_N), source.labels_N[batch_N].clamp(min=0)
+    if settings.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer((model,), settings.optimizer)
+    model.train()
+    times = []
+    for _ in range(NUM_TIMED_STEPS + 1):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images), labels_N).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        times.append(1e3 * (time.perf_counter() - started))
+    return min(times[1:])
+
+
+def train_hours(run: Run, candidate: Candidate) -> float:
+    """Return the time of the recipe's whole training with this student, without the data."""
+    settings = run.recipe.training
+    num_steps = settings.num_epochs * (len(run.splits.train) // settings.batch_size)
+    return candidate.step_ms * num_steps / 3.6e6
+
+
+def times_fit(run: Run, candidate: Candidate) -> bool:
+    """Return whether latency, file and training keep the budget, times with a margin."""
+    budget = run.recipe.budget
+    latency, hours = budget.latency_ms, budget.train_hours
+    limits = (
+        (candidate.latency_ms, None if latency is None else MARGIN * latency.at_most),
+        (train_hours(run, candidate), None if hours is None else MARGIN * hours),
+        (candidate.model_size_bytes, budget.model_size_bytes),
+    )
+    return all(limit is None or value <= limit for value, limit in limits)

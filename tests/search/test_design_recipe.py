@@ -1,0 +1,80 @@
+"""The design command on a tiny recipe: budget kept, going on, what it writes, wrong input."""
+
+import json
+
+import pytest
+import yaml
+
+from understudy.models.build import build_network
+
+OPTIONS = ("--budget", "num_params=2500", "--candidates", "4", "--epochs", "1", "--epochs", "2")
+
+
+def design(warm, tiny_recipe, folder, *options):
+    return warm.run("design", tiny_recipe, "--out", folder / "d", *options, home=folder / "home")
+
+
+@pytest.fixture(scope="module")
+def designed(warm, tiny_recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("design")
+    finished = design(warm, tiny_recipe, folder, *OPTIONS)
+    assert finished.code == 0, finished.err
+    return folder, finished, json.loads((folder / "d" / "design.json").read_text())
+
+
+def test_every_candidate_keeps_the_budget(designed):
+    _, _, result = designed
+    assert len(result["candidates"]) == 4
+    for item in result["candidates"]:
+        network = build_network(
+            item["name"], num_classes=10, image_shape=(1, 8, 8), arguments=item["arguments"]
+        )
+        assert sum(p.numel() for p in network.parameters()) == item["num_params"]
+        assert 1250 <= item["num_params"] <= 2500
+        assert item["latency_ms"] > 0
+        assert item["step_ms"] > 0
+        assert item["peak_activation_bytes"] > 0
+
+
+def test_the_best_goes_on_and_is_the_recipe(designed):
+    folder, finished, result = designed
+    first_round = {s["candidate"]: s for s in result["scores"]}
+    assert len(first_round) == 4
+    best = result["scores"][0]
+    assert best["rung"] == 1
+    item = next(c for c in result["candidates"] if c["number"] == best["candidate"])
+    recipe = yaml.safe_load((folder / "d" / "best.yaml").read_text())
+    model = recipe["student"]["model"]
+    assert (model["name"], model["arguments"]) == (item["name"], item["arguments"])
+    assert recipe["training"]["num_epochs"] == 4
+    assert "The teacher has 2,410 parameters" in finished.out
+    assert "Pareto front" in (folder / "d" / "design.html").read_text()
+    kinds = {path.parent.name for path in (folder / "d").rglob("record.json")}
+    assert kinds == {"split", "teacher", "labels", "student"}
+
+
+def test_the_same_command_trains_nothing_again(warm, tiny_recipe, designed):
+    folder, _, result = designed
+    again = design(warm, tiny_recipe, folder, *OPTIONS)
+    assert again.code == 0, again.err
+    assert json.loads((folder / "d" / "design.json").read_text()) == result
+    assert "student: started" not in again.err
+
+
+def test_wrong_input_is_told(warm, tiny_recipe, tmp_path):
+    without = design(warm, tiny_recipe, tmp_path)
+    assert without.code == 2
+    assert "has no budget" in without.err
+    unknown = design(warm, tiny_recipe, tmp_path, "--budget", "params=3")
+    assert unknown.code == 2
+    assert "unknown key `budget.params`" in unknown.err
+    family = design(warm, tiny_recipe, tmp_path, "--budget", "num_params=9", "--family", "resnext")
+    assert family.code == 2
+    assert "resnext" in family.err
+    tight = design(
+        warm, tiny_recipe, tmp_path, "--budget", "num_params=20", "--candidates", "1",
+        "--family", "paper_student",
+    )  # fmt: skip
+    assert tight.code == 2
+    assert "none of 300 drawn networks keeps the budget" in tight.err
+    assert "the smallest has" in tight.err
