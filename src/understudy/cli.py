@@ -20,6 +20,7 @@ from understudy.cli_groups import (
     store_app,
     teachers_app,
 )
+from understudy.cli_lab import lab_app
 from understudy.cli_search import design, search
 from understudy.errors import (
     EXIT_BAD_INPUT,
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(heads_app, name="heads")
+app.add_typer(lab_app, name="lab")
 app.add_typer(store_app, name="store")
 app.add_typer(teachers_app, name="teachers")
 app.command()(search)

@@ -1,0 +1,362 @@
+"""``understudy lab paper``: the paper's tables and figures, each an item that is run by itself.
+
+An item's result is a record in the lab folder, keyed by what it depends on; the trainings are
+ordinary runs. So the lab may be stopped at any moment, and go on another day, also to more epochs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from understudy import stages
+from understudy.artifacts import Record, exclusive, reusable_record, stage_key
+from understudy.data.sources import ImageSource
+from understudy.errors import InputError, problem
+from understudy.evaluate.accuracy import predict_logits
+from understudy.evaluate.operators import torch_operators
+from understudy.lab import trainings
+from understudy.lab.paper_recipes import (
+    ALPHAS,
+    DROPOUT_RATES,
+    GRID_LAYERS,
+    TEACHER_LAYERS,
+    TEMPERATURES,
+    Setting,
+    alone,
+    base_recipe,
+    distilled,
+    online,
+    pretrained,
+)
+from understudy.models.build import build_network
+from understudy.progress import log
+from understudy.recipes.job import open_run
+from understudy.recipes.networks import trained_model
+
+NUM_TIMED = 2000
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What is asked of the lab.
+
+    Attributes:
+        setting: data, epochs, dropout.
+        folder: of records and runs.
+        teacher: the pretrained teacher as a recipe's ``teacher``; None: that item is not run.
+        grid_epochs: of each training of the grids over alpha and temperature, and over dropout.
+        layers: of the teachers of Table 6.
+    """
+
+    setting: Setting
+    folder: Path
+    teacher: dict[str, Any] | None = None
+    grid_epochs: int = 100
+    layers: tuple[int, ...] = TEACHER_LAYERS
+
+    def __post_init__(self) -> None:
+        if not self.layers or not set(self.layers) <= set(TEACHER_LAYERS):
+            raise InputError(
+                problem(
+                    f"teachers of {', '.join(map(str, self.layers))} layers",
+                    expected=f"some of {', '.join(map(str, TEACHER_LAYERS))}",
+                    mend="Correct --layers.",
+                )
+            )
+
+    def run_folder(self, name: str) -> Path:
+        """Return the folder of a training; with another dropout it is another one."""
+        return self.folder / "runs" / name
+
+    @property
+    def grid_setting(self) -> Setting:
+        """The setting of the grids."""
+        return replace(self.setting, num_epochs=self.grid_epochs)
+
+
+def parameters(lab: Lab) -> dict[str, Any]:
+    """Table 5: parameters of every network."""
+    counts: dict[str, int | None] = {"Student": num_params("paper_student")}
+    for layers in TEACHER_LAYERS:
+        counts[f"Teacher {layers}"] = num_params("paper_teacher", num_layers=layers)
+    counts["ViT-B/16, 10 classes"] = vit_params()
+    return {"counts": counts}
+
+
+def num_params(name: str, **arguments: Any) -> int:
+    """Return the parameters of a network for CIFAR-10."""
+    network = build_network(name, num_classes=10, image_shape=(3, 32, 32), arguments=arguments)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def vit_params() -> int | None:
+    """Return the parameters of ViT-B/16 with 10 classes, built from its configuration alone.
+
+    None where transformers is not installed.
+    """
+    try:
+        from transformers import ViTConfig, ViTForImageClassification
+    except ImportError:
+        return None
+    with torch.device("meta"):
+        network = ViTForImageClassification(ViTConfig(num_labels=10))
+    return int(sum(parameter.numel() for parameter in network.parameters()))
+
+
+def operators(lab: Lab) -> dict[str, Any]:
+    """Tables 1 to 4: time and memory of each kind of operator, one batch of 100.
+
+    In training mode, where dropout works: in evaluation mode it does nothing and would have
+    neither the paper's time nor its memory.
+    """
+    source = source_of(lab)
+    images = source.images(torch.arange(100))
+    tables = {}
+    for title, name, arguments in networks():
+        network = build_network(
+            name,
+            num_classes=10,
+            image_shape=source.image_shape,
+            arguments={**arguments, "dropout": lab.setting.dropout},
+        )
+        tables[title] = torch_operators(network, images, name=title, training=True).to_json()
+    return {"tables": tables}
+
+
+def networks() -> list[tuple[str, str, dict[str, Any]]]:
+    """Return title, name and arguments of the student and the teachers."""
+    teachers = [(f"Teacher {n}", "paper_teacher", {"num_layers": n}) for n in TEACHER_LAYERS]
+    return [("Student", "paper_student", {}), *teachers]
+
+
+def accuracy(lab: Lab) -> dict[str, Any]:
+    """Table 6, Figures 1 and 2; Table 7 from the same trainings."""
+    found: dict[str, Any] = {}
+    setting = lab.setting
+    student = alone(setting, dropout=setting.dropout)
+    folder = lab.run_folder(f"alone-{setting.dropout:g}")
+    found["Student"] = told(trainings.on_labels(student, folder), student, folder, "teacher")
+    for layers in lab.layers:
+        found |= teacher_and_student(lab, layers)
+    return {"networks": found}
+
+
+def teacher_and_student(lab: Lab, layers: int) -> dict[str, Any]:
+    """Return what a teacher and its student reached."""
+    recipe, folder = distilled(lab.setting, layers), lab.run_folder(f"ts{layers}")
+    student = trainings.distilled(recipe, folder)
+    labels = Record.load(folder / "labels")
+    teacher = Record.load(folder / "teacher")
+    both = {
+        f"Teacher {layers}": told(teacher, recipe, folder, "teacher"),
+        f"TS {layers}": told(student, recipe, folder, "student"),
+    }
+    both[f"TS {layers}"]["label_seconds"] = labels.timing["stage_seconds"]
+    return both
+
+
+def told(record: Record, recipe: Mapping[str, Any], folder: Path, role: str) -> dict[str, Any]:
+    """Return curve and times of one training."""
+    return {
+        "curve": trainings.curve(record),
+        "epoch_seconds": statistics.median(trainings.seconds(record)),
+        "inference_seconds": inference_seconds(recipe, folder, role, record),
+    }
+
+
+def inference_seconds(recipe: Mapping[str, Any], folder: Path, role: str, record: Record) -> float:
+    """Return the time of 10,000 pictures in batches of 100, from a pass over up to 2,000."""
+    run = open_run(recipe, out=folder)
+    model = trained_model(run, role, record).eval()
+    indices_N = run.splits.validation[:NUM_TIMED]
+    with torch.inference_mode():
+        predict_logits(model, run.source, indices_N[:200])
+        started = time.perf_counter()
+        predict_logits(model, run.source, indices_N)
+    return (time.perf_counter() - started) * 10_000 / len(indices_N)
+
+
+def dropout(lab: Lab) -> dict[str, Any]:
+    """The student alone with each of some dropout rates: the paper does not state its own."""
+    curves = {}
+    for rate in DROPOUT_RATES:
+        recipe = alone(lab.grid_setting, dropout=rate)
+        # The student of Table 6 is one of these, and perhaps trained longer already.
+        folder = lab.run_folder(f"alone-{rate:g}")
+        curves[f"{rate:g}"] = trainings.curve(trainings.on_labels(longest(recipe, folder), folder))
+    return {"curves": curves}
+
+
+def longest(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the recipe for as many epochs as its folder has at least."""
+    try:
+        done = len(Record.load(folder / "teacher").payload["rows"])
+    except InputError:
+        return recipe
+    training = recipe["teacher"]["training"]
+    training["num_epochs"] = max(done, training["num_epochs"])
+    return recipe
+
+
+def grid(lab: Lab, name: str, space: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every point of a grid, taught by the finished Teacher 6."""
+    teacher = distilled(lab.setting, GRID_LAYERS)
+    folder = lab.run_folder(f"ts{GRID_LAYERS}")
+    trainings.on_labels(teacher, folder)
+    recipe = base_recipe(lab.grid_setting, name)
+    recipe["teacher"] = {
+        "model": teacher["teacher"]["model"],
+        "checkpoint": str((folder / "teacher" / "model.safetensors").resolve()),
+    }
+    results = stages.search(
+        recipe,
+        space=space,
+        sampler="grid",
+        pruner="none",
+        out=lab.run_folder(f"{name}-{lab.grid_epochs}"),
+    )
+    points = []
+    for row in results.complete:
+        trial = Record.load(Path(results.folder) / "trials" / f"{row.number:04d}" / "student")
+        points.append({"settings": row.settings, "curve": trainings.curve(trial)})
+    return {"points": points}
+
+
+def alpha(lab: Lab) -> dict[str, Any]:
+    """Figure 3: the weight of the teacher from 0 to 1 at temperature 1."""
+    weights = {
+        "distillation.kl_weight": list(ALPHAS),
+        "distillation.ce_weight": "1 - distillation.kl_weight",
+    }
+    return grid(lab, "alpha", weights)
+
+
+def temperature(lab: Lab) -> dict[str, Any]:
+    """Figure 4: temperatures from 0.1 to 100 at equal weights."""
+    return grid(lab, "temperature", {"distillation.temperature": list(TEMPERATURES)})
+
+
+def online_figure(lab: Lab) -> dict[str, Any]:
+    """Figure 5: teacher and student together; what offline took comes from the same lab."""
+    recipe, folder = online(lab.setting), lab.run_folder("online")
+    record = trainings.together(recipe, folder)
+    offline = teacher_and_student(lab, GRID_LAYERS)
+    teacher, student = offline[f"Teacher {GRID_LAYERS}"], offline[f"TS {GRID_LAYERS}"]
+    return {
+        "curve": trainings.curve(record),
+        "epoch_seconds": statistics.median(trainings.seconds(record)),
+        "offline_curve": student["curve"],
+        "offline_epoch_seconds": teacher["epoch_seconds"] + student["epoch_seconds"],
+        "label_seconds": student["label_seconds"],
+    }
+
+
+def pretrained_figure(lab: Lab) -> dict[str, Any]:
+    """Figure 6: a large pretrained teacher, whose outputs are stored."""
+    if lab.teacher is None:
+        raise InputError(
+            problem(
+                "the item `pretrained` without a teacher",
+                expected="--teacher NAME=FILE, or --vit NAME_OR_FOLDER",
+                mend="For example --teacher resnet56=resnet56.th.",
+            )
+        )
+    recipe, folder = pretrained(lab.setting, lab.teacher), lab.run_folder("pretrained")
+    record = trainings.distilled(recipe, folder)
+    run = open_run(recipe, out=folder)
+    teacher = trained_model(run, "teacher", Record.load(folder / "teacher"))
+    logits_NK = predict_logits(teacher, run.source, run.splits.validation)
+    right = logits_NK.argmax(1) == run.source.labels_N[run.splits.validation]
+    return {
+        "teacher": lab.teacher["model"]["name"],
+        "teacher_params": sum(p.numel() for p in teacher.parameters()),
+        "teacher_accuracy": right.double().mean().item(),
+        "teacher_confidence": record.payload.get("teacher_confidence"),
+        "curve": trainings.curve(record),
+        "epoch_seconds": statistics.median(trainings.seconds(record)),
+        "label_seconds": Record.load(folder / "labels").timing["stage_seconds"],
+    }
+
+
+ITEMS: dict[str, Callable[[Lab], dict[str, Any]]] = {
+    "parameters": parameters,
+    "operators": operators,
+    "dropout": dropout,
+    "accuracy": accuracy,
+    "online": online_figure,
+    "pretrained": pretrained_figure,
+    "alpha": alpha,
+    "temperature": temperature,
+}
+
+
+def run_items(lab: Lab, names: Sequence[str]) -> dict[str, Record]:
+    """Run items that are not finished; return the records of all that are in the folder."""
+    unknown = [name for name in names if name not in ITEMS]
+    if unknown:
+        raise InputError(
+            problem(
+                f"--only {', '.join(unknown)}",
+                expected=f"some of {', '.join(ITEMS)}",
+                mend="Correct it, or leave --only out to run all.",
+            )
+        )
+    with exclusive(lab.folder):
+        for name in names:
+            run_item(lab, name)
+    return finished_items(lab)
+
+
+def run_item(lab: Lab, name: str) -> Record:
+    """Return the record of an item, running it unless it is finished with this setting."""
+    folder, section = lab.folder / name, {"setting": asdict(lab.setting), **asked_of(lab, name)}
+    key = stage_key(f"lab-{name}", section, {})
+    record = reusable_record(folder, key)
+    if record is not None:
+        log.info("lab %s: unchanged, reused", name)
+        return record
+    log.info("lab %s: started", name)
+    started = time.monotonic()
+    payload = ITEMS[name](lab)
+    return Record(
+        kind=f"lab-{name}",
+        key=key,
+        seed=lab.setting.seed,
+        payload=payload,
+        recipe=section,
+        timing={"seconds": time.monotonic() - started},
+    ).save(folder)
+
+
+def asked_of(lab: Lab, name: str) -> dict[str, Any]:
+    """Return what an item depends on besides the setting."""
+    if name == "pretrained":
+        return {"teacher": lab.teacher}
+    if name in ("alpha", "temperature", "dropout"):
+        return {"grid_epochs": lab.grid_epochs}
+    return {"layers": list(lab.layers)} if name == "accuracy" else {}
+
+
+def finished_items(lab: Lab) -> dict[str, Record]:
+    """Return the records that the folder holds, whatever setting they are of."""
+    found = {}
+    for name in ITEMS:
+        try:
+            found[name] = Record.load(lab.folder / name)
+        except InputError:
+            continue
+    return found
+
+
+def source_of(lab: Lab) -> ImageSource:
+    """Return the pictures."""
+    recipe = base_recipe(lab.setting, "paper") | {"distillation": {"kl_weight": 0, "ce_weight": 1}}
+    recipe["teacher"] = alone(lab.setting, dropout=0.0)["teacher"]
+    return open_run(recipe, out=lab.run_folder("data")).source

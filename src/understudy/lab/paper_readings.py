@@ -1,0 +1,129 @@
+"""Sentences about the lab's numbers, each decided by the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from understudy.lab.paper_recipes import TEACHER_LAYERS
+from understudy.lab.paper_values import (
+    ACCURACIES,
+    BEST_ALPHA,
+    EPOCHS,
+    STABLE_TEMPERATURES,
+)
+from understudy.report.formats import fixed, percent, points
+
+Curve = Sequence[Sequence[float]]
+# Standard deviation of an accuracy near 0.6 on 5,000 pictures; twice that of a difference is noise.
+NOISE = 2 * (2 * 0.6 * 0.4 / 5000) ** 0.5
+
+
+def last(curve: Curve) -> float:
+    """Return the last epoch's validation accuracy."""
+    return curve[-1][2]
+
+
+def reading_of_accuracy(networks: Mapping[str, Any]) -> tuple[str, ...]:
+    """Compare the order of the networks, and what the teachers were worth, with the paper's."""
+    found = {name: last(item["curve"]) for name, item in networks.items()}
+    told = []
+    teachers = [f"Teacher {n}" for n in TEACHER_LAYERS if f"Teacher {n}" in found]
+    if len(teachers) > 1:
+        ordered = sorted(teachers, key=lambda name: found[name])
+        same = "as in the paper" if ordered == teachers else "not in the paper's order"
+        told.append(f"Teachers from worst to best: {', '.join(ordered)}, {same}.")
+    students = [f"TS {n}" for n in TEACHER_LAYERS if f"TS {n}" in found]
+    for name in students:
+        gain, theirs = found[name] - found["Student"], paper_gain(name)
+        noise = " (within chance)" if abs(gain) < NOISE else ""
+        told.append(
+            f"{name} against the student alone: {points(gain)}{noise}; the paper has "
+            f"{points(theirs)}."
+        )
+    if students:
+        best = max(students, key=lambda name: found[name])
+        spread = max(found[n] for n in students) - min(found[n] for n in students)
+        told.append(
+            f"The best distilled student is {best} (paper: TS 6); the students differ by "
+            f"{percent(spread)}, where the paper's differ by 6.65 %."
+        )
+    epochs = int(next(iter(networks.values()))["curve"][-1][0])
+    if epochs < EPOCHS:
+        told.append(slopes(networks, epochs))
+    return tuple(told)
+
+
+def paper_gain(name: str) -> float:
+    """Return the paper's gain of a distilled student over the student alone."""
+    return ACCURACIES[name][1] - ACCURACIES["Student"][1]
+
+
+def slopes(networks: Mapping[str, Any], epochs: int) -> str:
+    """Return whether the curves were still rising where they were stopped."""
+    rising = [
+        name
+        for name, item in networks.items()
+        if len(item["curve"]) > 2 and last(item["curve"]) > item["curve"][-3][2]
+    ]
+    return (
+        f"{epochs} of {EPOCHS} epochs: over the last two, {len(rising)} of {len(networks)} curves "
+        "still rose. The numbers are a part of the curve and no contradiction of its end; the same "
+        f"command with --epochs {EPOCHS} goes on from here."
+    )
+
+
+def reading_of_dropout(curves: Mapping[str, Curve]) -> str:
+    """Return which rates could have given the paper's student."""
+    theirs, epochs = ACCURACIES["Student"][1], int(min(curve[-1][0] for curve in curves.values()))
+    near = min(curves, key=lambda rate: abs(last(curves[rate]) - theirs))
+    if epochs < EPOCHS:
+        order = sorted(curves, key=lambda rate: -last(curves[rate]))
+        spread = last(curves[order[0]]) - last(curves[order[-1]])
+        chance = "within" if spread < NOISE else "beyond"
+        return (
+            f"After {epochs} epochs the rates from best to worst are {', '.join(order)}, "
+            f"{percent(spread)} apart ({chance} chance): whether a rate ends "
+            f"at the paper's {percent(theirs)} is not to be told before {EPOCHS} epochs."
+        )
+    ours = percent(last(curves[near]))
+    return f"Nearest to the paper's {percent(theirs)} is a rate of {near}: {ours}."
+
+
+def reading_of_online(payload: Mapping[str, Any]) -> str:
+    """Return which way was better and which one faster."""
+    gain = last(payload["curve"]) - last(payload["offline_curve"])
+    ratio = payload["epoch_seconds"] / payload["offline_epoch_seconds"]
+    noise = ", within chance" if abs(gain) < NOISE else ""
+    return (
+        f"Online against offline: {points(gain)}{noise} (the paper: offline is better). Its "
+        f"time is {fixed(ratio, 2)} of offline's (paper: 0.94)."
+    )
+
+
+def reading_of_pretrained(payload: Mapping[str, Any]) -> str:
+    """Return what the store saves, and what there is of a capacity gap."""
+    ratio = (payload["epoch_seconds"] + payload["label_seconds"]) / payload["epoch_seconds"]
+    told = f"Stored outputs make an epoch {fixed(ratio, 1)} times shorter here. "
+    confidence = payload.get("teacher_confidence")
+    if confidence is None:
+        return told
+    return told + (
+        f"The teacher's mean confidence on the training pictures is {fixed(confidence, 4)}: at "
+        "temperature 1 its outputs are nearly the labels, so there is little in them that labels "
+        "do not say. That, and not its size by itself, is what a large teacher leaves to learn; a "
+        "higher temperature or mixed pictures bring it out."
+    )
+
+
+def reading_of_grid(path: str, found: Sequence[tuple[float, Curve]]) -> str:
+    """Return where the best value lies, and whether it stands out."""
+    if not found:
+        return "No point is complete."
+    best, curve = max(found, key=lambda item: last(item[1]))
+    close = [f"{value:g}" for value, other in found if last(curve) - last(other) < NOISE]
+    told = f"Best on validation: {best:g}; within chance of it: {', '.join(close)}. "
+    if path.endswith("temperature"):
+        low, high = STABLE_TEMPERATURES
+        return told + f"The paper finds {low:g} to {high:g} stable and a sharp decline outside."
+    return told + f"The paper's best is {BEST_ALPHA:g}, by training accuracy."

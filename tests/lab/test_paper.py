@@ -1,0 +1,155 @@
+"""The paper's lab: counts, trainings that go on, items that are kept, the page, wrong input."""
+
+import copy
+
+import pytest
+import yaml
+
+from tiny_run import TINY_RECIPE
+from understudy.artifacts import Record, file_hash
+from understudy.errors import InputError
+from understudy.lab import trainings
+from understudy.lab.paper import ITEMS, num_params, vit_params
+from understudy.lab.paper_readings import reading_of_accuracy, reading_of_dropout, reading_of_grid
+from understudy.lab.paper_recipes import Setting, alone, distilled, online, pretrained
+from understudy.lab.paper_values import ACCURACIES, OPERATORS, PARAMETERS, SECONDS
+from understudy.lab.paper_views import PARTS, TITLES, paper_document
+from understudy.recipes.schema import parse_recipe
+from understudy.report.document import document_html, document_markdown
+from understudy.report.formats import plain
+
+
+def test_the_networks_have_the_parameters_of_table_5():
+    assert num_params("paper_student") == PARAMETERS["Student"]
+    for layers in (4, 6, 8):
+        assert num_params("paper_teacher", num_layers=layers) == PARAMETERS[f"Teacher {layers}"]
+
+
+def test_the_vit_of_the_configuration_has_the_parameters_of_table_5():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    assert vit_params() == PARAMETERS["ViT-B/16, 10 classes"]
+
+
+def test_recipes_say_what_the_paper_says():
+    setting = Setting("cifar10", dropout=0.3)
+    recipe = parse_recipe(distilled(setting, 6))
+    assert recipe.training.batch_size == 100
+    assert recipe.training.num_epochs == 100
+    assert recipe.training.optimizer.name == "adamw"
+    assert recipe.training.optimizer.learning_rate == 1e-3
+    assert recipe.training.learning_rate_schedule.shape == "constant"
+    assert (recipe.distillation.kl_weight, recipe.distillation.ce_weight) == (0.5, 0.5)
+    assert recipe.distillation.temperature == 1
+    assert recipe.teacher.model.arguments == {"num_layers": 6, "dropout": 0.3}
+    assert parse_recipe(online(setting)).strategy.name == "online"
+    assert parse_recipe(alone(setting, dropout=0.5)).teacher.model.name == "paper_student"
+    given = {"model": {"name": "resnet56"}, "checkpoint": "weights.th"}
+    assert parse_recipe(pretrained(setting, given)).teacher.training is None
+
+
+def constant(num_epochs):
+    """Return a recipe whose length can change without changing its first epochs."""
+    recipe = copy.deepcopy(yaml.safe_load(TINY_RECIPE))
+    for training in (recipe["training"], recipe["teacher"]["training"]):
+        training["num_epochs"] = num_epochs
+        training["learning_rate_schedule"] = {"shape": "constant"}
+    recipe["views"] = {"num_views": 1}
+    recipe["control"] = False
+    return recipe
+
+
+def test_a_longer_training_goes_on_from_a_shorter_one_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path / "home"))
+    short = trainings.on_labels(constant(3), tmp_path / "pieces")
+    first = short.payload["rows"]
+    long = trainings.on_labels(constant(5), tmp_path / "pieces")
+    whole = trainings.on_labels(constant(5), tmp_path / "whole")
+    assert long.payload["rows"][:3] == first
+    assert long.hash == whole.hash
+    weights = [tmp_path / name / "teacher" / "model.safetensors" for name in ("pieces", "whole")]
+    assert file_hash(weights[0]) == file_hash(weights[1])
+    # The seconds of the epochs before are kept too.
+    assert len(trainings.seconds(long)) == 5
+    with pytest.raises(InputError, match="was trained for 5 epochs, and 3 are asked for"):
+        trainings.on_labels(constant(3), tmp_path / "pieces")
+
+
+def test_a_student_goes_on_only_with_the_same_teacher(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path / "home"))
+    recipe = constant(3)
+    trainings.distilled(recipe, tmp_path / "run")
+    recipe["training"]["num_epochs"] = 4
+    longer = trainings.distilled(recipe, tmp_path / "run")
+    whole = trainings.distilled(recipe, tmp_path / "whole")
+    assert longer.hash == whole.hash
+    other = trainings.distilled(constant(5), tmp_path / "run")
+    assert other.hash == trainings.distilled(constant(5), tmp_path / "new").hash
+
+
+def curve(*validations):
+    return [[k + 1, 0.5, value] for k, value in enumerate(validations)]
+
+
+def test_readings_follow_from_the_numbers():
+    networks = {
+        "Student": {"curve": curve(0.3, 0.4, 0.5)},
+        "Teacher 4": {"curve": curve(0.3, 0.4, 0.6)},
+        "Teacher 6": {"curve": curve(0.3, 0.4, 0.55)},
+        "TS 4": {"curve": curve(0.3, 0.4, 0.505)},
+        "TS 6": {"curve": curve(0.3, 0.6, 0.58)},
+    }
+    text = plain("\n".join(reading_of_accuracy(networks)))
+    assert "Teacher 6, Teacher 4, not in the paper's order" in text
+    assert "TS 4 against the student alone: +0.50 points (within chance)" in text
+    assert "TS 6 against the student alone: +8.00 points; the paper has +14.55 points" in text
+    assert "3 of 100 epochs: over the last two, 5 of 5 curves still rose" in text
+    rates = {"0": curve(*[0.6] * 100), "0.3": curve(*[0.53] * 100)}
+    assert "is a rate of 0.3: 53.00 %" in plain(reading_of_dropout(rates))
+    assert "not to be told" in reading_of_dropout({"0": curve(0.6), "0.3": curve(0.5)})
+    told = reading_of_grid("distillation.temperature", [(1.0, curve(0.6)), (5.0, curve(0.5))])
+    assert told.startswith("Best on validation: 1; within chance of it: 1.")
+
+
+def test_tables_of_the_paper_are_whole():
+    assert set(ACCURACIES) == set(SECONDS)
+    assert set(OPERATORS) == {"Student", "Teacher 4", "Teacher 6", "Teacher 8"}
+    assert set(ITEMS) == set(PARTS) == set(TITLES)
+
+
+def test_the_page_says_what_was_not_run_and_how_to_run_it():
+    document = paper_document({})
+    text = document_markdown(document)
+    for name in ITEMS:
+        assert f"`understudy lab paper --only {name} --data FOLDER` runs it" in text
+    assert "Not run." in document_html(document)
+
+
+def test_the_command_keeps_what_it_has_done(warm, tmp_path):
+    options = ("lab", "paper", "--only", "parameters", "--out", tmp_path / "lab")
+    first = warm.run(*options, home=tmp_path / "home")
+    assert first.code == 0, first.err
+    assert "| Teacher 8 | 76,436 | 76,436 | equal |" in first.out
+    record = Record.load(tmp_path / "lab" / "parameters")
+    second = warm.run(*options, home=tmp_path / "home")
+    assert second.code == 0
+    assert "reused" in second.err
+    assert Record.load(tmp_path / "lab" / "parameters").created == record.created
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--only", "tables"), "--only tables; expected some of parameters"),
+        (("--epochs", "0"), "at least 1 epoch"),
+        (("--dropout", "1"), "below 1"),
+        (("--layers", "5"), "some of 4, 6, 8"),
+        (("--teacher", "resnet56"), "expected NAME=FILE"),
+        (("--only", "pretrained", "--data", "digits"), "without a teacher"),
+        (("--only", "operators", "--data", "no/such/folder"), "no/such/folder"),
+    ],
+)
+def test_wrong_input_is_one_message(warm, tmp_path, options, text):
+    finished = warm.run("lab", "paper", "--out", tmp_path / "lab", *options, home=tmp_path / "home")
+    assert finished.code == 2
+    assert text in finished.err
+    assert "Traceback" not in finished.err
