@@ -1,13 +1,23 @@
-"""Training step of the paper's student: this package against the plain PyTorch loop.
+"""Training steps: this package against the plain PyTorch loop.
 
     python benchmarks/training_step.py [--num-repeats 15] [--num-steps 3] [--num-threads 2]
+                                       [--only student --only ts6 --only teacher6 --only separable]
     UNDERSTUDY_NATIVE=0 python benchmarks/training_step.py      # without the native kernels
 
-Both train the same network (11,444 parameters, dropout 0.2) with AdamW on batches of 100 pictures
-of 32x32 that are padded, cropped, flipped and normalised at random, in float32. Repeats alternate
-between the two, so that a busy machine slows both. Printed as JSON: milliseconds a step of wall and
-of processor time (median, quartiles, n), the share of the input pipeline, the ratio of the medians,
-the ratios of neighbouring repeats, hardware and versions.
+Four trainings, each of the same network both ways, with AdamW on batches of 100 pictures of 32x32
+that are padded, cropped, flipped and normalised at random, in float32:
+
+    student     the paper's student (11,444 parameters, dropout 0.2), on labels
+    ts6         the same student taught by Teacher 6: the plain loop runs the teacher on every
+                batch, as the paper does; here its stored outputs are read
+    teacher6    the paper's Teacher 6 (57,876 parameters), on labels
+    separable   a depthwise-separable network of 11,506 parameters, on labels
+
+Repeats alternate between the two ways, so that a busy machine slows both. Printed as JSON:
+milliseconds a step of wall and of processor time (median, quartiles, n), the share of the input
+pipeline, the ratio of the medians, the ratios of neighbouring repeats, hardware and versions; and
+the floor: three times the multiply-adds of a forward pass, two operations each, at the rate of a
+large matrix product measured in the same process.
 """
 
 from __future__ import annotations
@@ -17,6 +27,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +37,11 @@ from torch.utils.data import DataLoader, Dataset
 from understudy.data.batches import epoch_order, index_batches
 from understudy.data.views import Views
 from understudy.models.build import NormalizedModel
+from understudy.models.cost import count_macs
 from understudy.models.dropout import set_dropout_step
 from understudy.models.native import kernels
-from understudy.models.paper import PaperStudent
+from understudy.models.paper import PaperStudent, PaperTeacher
+from understudy.models.separable import SeparableNet
 from understudy.runtime import hardware_facts, package_versions
 
 BATCH_SIZE = 100
@@ -36,6 +49,7 @@ NUM_IMAGES = 5000
 DROPOUT = 0.2
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
+SEPARABLE_STAGES = ((16, 1), (32, 2), (48, 1), (56, 2), (64, 1))
 
 
 class PlainStudent(nn.Sequential):
@@ -56,6 +70,47 @@ class PlainStudent(nn.Sequential):
             nn.Dropout(DROPOUT),
             nn.Linear(30, 10),
         )
+
+
+class PlainTeacher(nn.Module):
+    """Teacher 6 from torch.nn alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, padding=1), nn.LeakyReLU()]
+        layers.append(nn.Dropout(DROPOUT))
+        for _ in range(6):
+            layers += [nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.LeakyReLU()]
+            layers += [nn.BatchNorm2d(32), nn.Dropout(DROPOUT)]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 30), nn.LeakyReLU()]
+        self.layers = nn.Sequential(*layers, nn.Dropout(DROPOUT), nn.Linear(30, 10))
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        logits_NK: Tensor = self.layers(images_NCHW)
+        return logits_NK
+
+
+def separable() -> SeparableNet:
+    return SeparableNet(num_classes=10, stages=SEPARABLE_STAGES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training: its network both ways, and whether Teacher 6 teaches it."""
+
+    plain: Callable[[], nn.Module]
+    ours: Callable[[], nn.Module]
+    taught: bool = False
+
+
+CASES: dict[str, Case] = {
+    "student": Case(PlainStudent, lambda: PaperStudent(num_classes=10, dropout=DROPOUT)),
+    "ts6": Case(PlainStudent, lambda: PaperStudent(num_classes=10, dropout=DROPOUT), taught=True),
+    "teacher6": Case(
+        PlainTeacher, lambda: PaperTeacher(num_classes=10, num_layers=6, dropout=DROPOUT)
+    ),
+    "separable": Case(separable, separable),
+}
 
 
 class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -79,26 +134,40 @@ class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
         return (image.float() / 255 - self.mean) / self.std, self.labels_N[index]
 
 
-def plain_steps(images_NCHW: Tensor, labels_N: Tensor) -> Iterator[float]:
+def loss_of(logits_NK: Tensor, labels_N: Tensor, teacher_NK: Tensor | None) -> Tensor:
+    """The paper's loss: the mean of cross-entropy and KL at temperature 1."""
+    loss = F.cross_entropy(logits_NK, labels_N)
+    if teacher_NK is None:
+        return loss
+    own, teacher = F.log_softmax(logits_NK, 1), F.log_softmax(teacher_NK, 1)
+    return (loss + F.kl_div(own, teacher, reduction="batchmean", log_target=True)) / 2
+
+
+def plain_steps(case: Case, images_NCHW: Tensor, labels_N: Tensor) -> Iterator[float]:
     """Train the plain way for ever; yield the seconds that each step spent on its input."""
-    model = PlainStudent().train()
+    model = case.plain().train()
+    teacher = PlainTeacher().eval() if case.taught else None
     optimizer = torch.optim.AdamW(model.parameters())
     loader = DataLoader(PlainDataset(images_NCHW, labels_N), BATCH_SIZE, shuffle=True)
     while True:
         started = time.perf_counter()
         for images, labels in loader:
             input_seconds = time.perf_counter() - started
+            teacher_NK = None
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher_NK = teacher(images)
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            loss_of(model(images), labels, teacher_NK).backward()
             optimizer.step()
             yield input_seconds
             started = time.perf_counter()
 
 
-def understudy_steps(images_NCHW: Tensor, labels_N: Tensor) -> Iterator[float]:
+def understudy_steps(case: Case, images_NCHW: Tensor, labels_N: Tensor) -> Iterator[float]:
     """Train with this package's parts; yield the seconds that each step spent on its input."""
-    network = PaperStudent(num_classes=10, dropout=DROPOUT)
-    model = NormalizedModel(network, mean=MEAN, std=STD).train()
+    model = NormalizedModel(case.ours(), mean=MEAN, std=STD).train()
+    stored_NK = torch.randn(len(labels_N), 10).numpy() if case.taught else None
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     everything = torch.arange(len(labels_N))
@@ -112,10 +181,13 @@ def understudy_steps(images_NCHW: Tensor, labels_N: Tensor) -> Iterator[float]:
             images, _ = views.apply(images_NCHW[indices_N], indices_N, epoch)
             images = images.contiguous(memory_format=torch.channels_last)
             labels = labels_N[indices_N]
+            teacher_NK = None
+            if stored_NK is not None:
+                teacher_NK = torch.from_numpy(stored_NK[indices_N.numpy()])
             input_seconds = time.perf_counter() - started
             set_dropout_step(model, seed=0, step=step)
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            loss_of(model(images), labels, teacher_NK).backward()
             optimizer.step()
             yield input_seconds
             step += 1
@@ -133,41 +205,53 @@ def summary(values: list[float]) -> dict[str, float]:
     }
 
 
-def measure(num_repeats: int, num_steps: int) -> dict[str, object]:
+def matrix_rate() -> float:
+    """Operations a second of a float32 product of two 2048 x 2048 matrices, the best of 7."""
+    side = 2048
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - started)
+    return 2 * side**3 / min(times[1:])
+
+
+def floor_ms(case: Case, rate: float) -> float:
+    """Milliseconds of a step whose every operation runs at the rate of a matrix product."""
+    macs = count_macs(case.ours(), (3, 32, 32))
+    return 1000 * 3 * 2 * macs * BATCH_SIZE / rate
+
+
+def measure(name: str, num_repeats: int, num_steps: int, rate: float) -> dict[str, object]:
+    case = CASES[name]
     images_NCHW = torch.randint(256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8)
     labels_N = torch.randint(10, (NUM_IMAGES,))
-    loops: dict[str, Callable[[Tensor, Tensor], Iterator[float]]] = {
-        "plain": plain_steps,
-        "understudy": understudy_steps,
-    }
-    running = {name: loop(images_NCHW, labels_N) for name, loop in loops.items()}
-    step_ms: dict[str, list[float]] = {name: [] for name in loops}
-    processor_ms: dict[str, list[float]] = {name: [] for name in loops}
-    input_shares: dict[str, list[float]] = {name: [] for name in loops}
+    ways = {"plain": plain_steps, "understudy": understudy_steps}
+    running = {way: loop(case, images_NCHW, labels_N) for way, loop in ways.items()}
+    step_ms: dict[str, list[float]] = {way: [] for way in ways}
+    processor_ms: dict[str, list[float]] = {way: [] for way in ways}
+    input_shares: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(num_repeats + 2):
-        for name, steps in running.items():
+        for way, steps in running.items():
             started, processor_started = time.perf_counter(), time.process_time()
             input_seconds = sum(next(steps) for _ in range(num_steps))
             seconds = time.perf_counter() - started
             processor_seconds = time.process_time() - processor_started
             if repeat >= 2:  # the first two warm up
-                step_ms[name].append(1000 * seconds / num_steps)
-                processor_ms[name].append(1000 * processor_seconds / num_steps)
-                input_shares[name].append(input_seconds / seconds)
+                step_ms[way].append(1000 * seconds / num_steps)
+                processor_ms[way].append(1000 * processor_seconds / num_steps)
+                input_shares[way].append(input_seconds / seconds)
     pairs = zip(step_ms["plain"], step_ms["understudy"], strict=True)
+    ours, floor = statistics.median(step_ms["understudy"]), floor_ms(case, rate)
     return {
-        "step_ms": {name: summary(values) for name, values in step_ms.items()},
-        "processor_ms": {name: summary(values) for name, values in processor_ms.items()},
-        "input_share": {name: summary(values) for name, values in input_shares.items()},
-        "ratio_of_medians": round(
-            statistics.median(step_ms["plain"]) / statistics.median(step_ms["understudy"]), 2
-        ),
-        "ratio_of_neighbours": summary([plain / ours for plain, ours in pairs]),
-        "steps_a_repeat": num_steps,
-        "native_kernels": kernels() is not None,
-        "num_threads": torch.get_num_threads(),
-        "hardware": hardware_facts(),
-        "versions": package_versions(),
+        "step_ms": {way: summary(values) for way, values in step_ms.items()},
+        "processor_ms": {way: summary(values) for way, values in processor_ms.items()},
+        "input_share": {way: summary(values) for way, values in input_shares.items()},
+        "ratio_of_medians": round(statistics.median(step_ms["plain"]) / ours, 2),
+        "ratio_of_neighbours": summary([plain / our for plain, our in pairs]),
+        "floor_ms": round(floor, 2),
+        "times_the_floor": round(ours / floor, 2),
     }
 
 
@@ -176,9 +260,23 @@ def main() -> None:
     parser.add_argument("--num-repeats", type=int, default=15)
     parser.add_argument("--num-steps", type=int, default=3)
     parser.add_argument("--num-threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", action="append", choices=list(CASES))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.num_threads)
-    print(json.dumps(measure(arguments.num_repeats, arguments.num_steps), indent=2))
+    rate = matrix_rate()
+    cases = {
+        name: measure(name, arguments.num_repeats, arguments.num_steps, rate)
+        for name in arguments.only or CASES
+    }
+    facts = {
+        "matrix_gflops": round(rate / 1e9, 1),
+        "steps_a_repeat": arguments.num_steps,
+        "native_kernels": kernels() is not None,
+        "num_threads": torch.get_num_threads(),
+        "hardware": hardware_facts(),
+        "versions": package_versions(),
+    }
+    print(json.dumps({"cases": cases, **facts}, indent=2))
 
 
 if __name__ == "__main__":
