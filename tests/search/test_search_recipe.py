@@ -1,6 +1,7 @@
 """The command on a tiny recipe: files, going on, several processes, wrong input."""
 
 import json
+import time
 
 import pytest
 import yaml
@@ -58,6 +59,51 @@ def test_the_same_command_goes_on_and_finished_trials_stay(warm, tiny_recipe, se
     other = search(warm, tiny_recipe, folder, "--trials", "3", "--space", "seed=int:0..3")
     assert other.code == 2
     assert "is another search" in other.err
+
+
+def test_a_killed_training_is_continued_to_the_same_result(warm, tiny_recipe, tmp_path):
+    options = ["--sampler", "grid", "--space", "distillation.temperature=1|4"]
+    options += ["--set", "training.num_epochs=40"]
+
+    def results(folder):
+        told = json.loads((folder / "s" / "search.json").read_text())
+        rows = [(row["number"], row["state"], row["settings"]) for row in told["trials"]]
+        weights = sorted((folder / "s" / "trials").rglob("student/model.safetensors"))
+        return rows, told["best"], [file_hash(path) for path in weights]
+
+    whole = search(warm, tiny_recipe, tmp_path / "whole", *options)
+    assert whole.code == 0, whole.err
+    folder = tmp_path / "killed"
+    command = warm.start(
+        "search", tiny_recipe, "--out", folder / "s", *options, home=folder / "home"
+    )
+    second = folder / "s" / "trials" / "0001" / "student"
+    while not (second / "checkpoint.pt").exists():
+        assert command.poll() is None, command.err()
+        time.sleep(0.001)
+    command.kill()
+    assert command.wait().code == -9
+    assert not (second / "record.json").exists(), "killed too late to prove anything"
+    finished = search(warm, tiny_recipe, folder, *options)
+    assert finished.code == 0, finished.err
+    assert "trial 1: taken up" in finished.err
+    assert "trial 0:" not in finished.err, "a finished trial is not repeated"
+    assert results(folder) == results(tmp_path / "whole")
+
+
+def test_accuracy_against_size_is_a_front(warm, tiny_recipe, tmp_path):
+    options = ["--sampler", "grid", "--space", "student.model.arguments.hidden=[4]|[32]"]
+    options += ["--objective", "accuracy", "--objective", "latency_ms", "--objective", "num_params"]
+    finished = search(warm, tiny_recipe, tmp_path, *options)
+    assert finished.code == 0, finished.err
+    told = json.loads((tmp_path / "s" / "search.json").read_text())
+    assert told["plan"]["directions"] == ["maximize", "minimize", "minimize"]
+    assert told["plan"]["judged_on"] == "validation"
+    small, large = (row["measures"] for row in told["trials"])
+    assert small["num_params"] < large["num_params"]
+    assert small["latency_ms"] > 0
+    assert 0 in told["best"], "nothing is smaller"
+    assert "Pareto front" in finished.out
 
 
 def test_two_processes_finish_a_grid(warm, tiny_recipe, tmp_path):

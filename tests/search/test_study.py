@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import time
+from datetime import timedelta
 
 import pytest
 
+import understudy.search.study
 from understudy.errors import InputError, TrainingError
 from understudy.search.plan import Pruned, SearchPlan
 from understudy.search.results import best_of, read_results
@@ -120,6 +122,16 @@ def test_a_dead_process_leaves_its_trial_to_the_next_one(tmp_path):
     assert [row.state for row in results.trials] == ["complete"] * 3
     whole = searched(SearchPlan(SPACE, num_trials=3), tmp_path / "whole", height)
     assert [row.settings for row in whole.trials] == [row.settings for row in results.trials]
+
+
+def test_a_trial_that_was_drawn_and_nothing_more_is_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(understudy.search.study, "NAMELESS_AFTER", timedelta(0))
+    plan = SearchPlan(SPACE, num_trials=3)
+    open_study(url(tmp_path), "s", plan).ask()
+    results = searched(plan, tmp_path, height)
+    assert [row.state for row in results.trials] == ["complete"] * 3
+    whole = searched(plan, tmp_path / "whole", height)
+    assert [row.settings for row in results.trials] == [row.settings for row in whole.trials]
 
 
 def slow_share(folder):

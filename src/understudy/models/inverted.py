@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from understudy.models.fast_norm import NormSequential
+
 
 class SqueezeExcite(nn.Module):
     """Scale each channel by a gate computed from the channels' means; NCHW to NCHW."""
@@ -57,7 +59,7 @@ class InvertedResidual(nn.Module):
         if squeeze:
             layers.append(SqueezeExcite(expanded, max(1, expanded // squeeze)))
         layers += _convolution(expanded, out_channels, 1)[:-1]
-        self.layers = nn.Sequential(*layers)
+        self.layers = NormSequential(*layers)
         self.adds_input = stride == 1 and in_channels == out_channels
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class InvertedResidualNet(nn.Module):
     ) -> None:
         super().__init__()
         current, stem_stride = stem
-        self.stem = nn.Sequential(*_convolution(in_channels, current, 3, stride=stem_stride))
+        self.stem = NormSequential(*_convolution(in_channels, current, 3, stride=stem_stride))
         made = []
         for channels, stride, expansion, kernel in blocks:
             made.append(
@@ -104,7 +106,7 @@ class InvertedResidualNet(nn.Module):
             )
             current = channels
         self.blocks = nn.Sequential(*made)
-        self.head = nn.Sequential(*(_convolution(current, head, 1) if head else []))
+        self.head = NormSequential(*(_convolution(current, head, 1) if head else []))
         self.linear = nn.Linear(head or current, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -1,4 +1,4 @@
-"""The kernels of ``kernels.c``, compiled for this machine at first use.
+"""The kernels of ``kernels*.c``, compiled for this machine at first use.
 
 They are an acceleration and nothing else: without a C compiler, or with ``UNDERSTUDY_NATIVE=0``,
 the callers compute the same with PyTorch and numpy.
@@ -24,11 +24,13 @@ from torch import Tensor
 from understudy.artifacts import atomic_path
 from understudy.runtime import processor_name
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels_norm.c"))
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC")
+_LIBRARIES = ("-lm",)
 _LOG = logging.getLogger(__name__)
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+_DOUBLE = ctypes.c_double
 
 
 class MaskArguments(ctypes.Structure):
@@ -53,6 +55,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "weight_gradient": (_INT, _GRADIENT),
     "weight_gradient_few": (_INT, _GRADIENT),
     "leaky_dropout": (None, [_POINTER] * 3 + [_LONG, _INT, _MASK]),
+    "norm_forward": (_INT, [_POINTER] * 7 + [_LONG] * 2 + [_DOUBLE] * 2 + [_INT] * 2),
+    "norm_backward": (_INT, [_POINTER] * 7 + [_LONG] * 2 + [_INT] * 2),
     "leaky_dropout_pooled": (None, [_POINTER] * 3 + [_LONG] * 3 + [_INT, _MASK]),
 }
 
@@ -94,7 +98,9 @@ def _compiled() -> Path:
     command = shlex.split(os.environ.get("CC", "cc"))
     if shutil.which(command[0]) is None:
         raise OSError(f"there is no C compiler '{command[0]}'")
-    key = hashlib.sha256(_SOURCE.read_bytes())
+    key = hashlib.sha256()
+    for source in _SOURCES:
+        key.update(source.read_bytes() + b"\0")
     for part in (*command, *_FLAGS, processor_name(), torch.__version__):
         key.update(part.encode() + b"\0")
     name = f"kernels-{key.hexdigest()[:16]}.so"
@@ -105,7 +111,7 @@ def _compiled() -> Path:
         try:
             with atomic_path(path) as temporary:
                 subprocess.run(
-                    [*command, *_FLAGS, str(_SOURCE), "-o", str(temporary)],
+                    [*command, *_FLAGS, *map(str, _SOURCES), "-o", str(temporary), *_LIBRARIES],
                     check=True,
                     capture_output=True,
                     text=True,

@@ -21,6 +21,7 @@ from understudy.progress import log, shown_progress
 from understudy.recipes.chain_proposal import LARGEST_STEP
 from understudy.recipes.design_costs import (
     Candidate,
+    costs_text,
     counted,
     counts_fit,
     num_params_of,
@@ -41,6 +42,8 @@ CANDIDATES_NAME, BEST_NAME, RESULTS_NAME = "candidates.json", "best.yaml", "desi
 TRAININGS_NAME = "trainings"
 # So many draws for each candidate wanted before the budget is called too tight.
 DRAWS_A_CANDIDATE = 300
+# So many are timed, at about a second each: a limit on time that nothing keeps is told in minutes.
+TIMED_A_CANDIDATE = 6
 
 TrainStudent = Callable[[Run], Record]
 
@@ -158,7 +161,7 @@ def fitting_candidates(run: Run, plan: DesignPlan) -> tuple[list[Candidate], int
     """
     path = run.folder / CANDIDATES_NAME
     key = content_hash(
-        [asdict(plan) | {"epochs": None}, run.recipe.section("seed", "data", "budget")]
+        [asdict(plan) | {"epochs": None}, run.recipe.section("seed", "data", "budget", "training")]
     )
     if path.exists():
         kept = json.loads(path.read_text())
@@ -173,6 +176,8 @@ def fitting_candidates(run: Run, plan: DesignPlan) -> tuple[list[Candidate], int
 def draw_candidates(run: Run, plan: DesignPlan) -> tuple[list[Candidate], int]:
     """Draw until enough candidates fit, each another one."""
     budget, found = run.recipe.budget, []
+    if budget.energy_mj is not None:
+        log.warning("budget.energy_mj is not measured here; `understudy release` checks it")
     least = plan.fill * (budget.num_params or 0)
     seen: set[str] = set()
     smallest: Candidate | None = None
@@ -180,7 +185,7 @@ def draw_candidates(run: Run, plan: DesignPlan) -> tuple[list[Candidate], int]:
     drawn = drawn_architectures(
         plan.families, seed=run.recipe.seed, side=min(run.source.image_shape[1:])
     )
-    number = 0
+    number = num_timed = 0
     with shown_progress("candidates") as progress:
         for number, (name, arguments) in zip(range(1, most + 1), drawn, strict=False):
             if (key := content_hash([name, arguments])) in seen:
@@ -195,10 +200,13 @@ def draw_candidates(run: Run, plan: DesignPlan) -> tuple[list[Candidate], int]:
             if not counts_fit(candidate, budget):
                 continue
             candidate = timed(run, candidate, run.folder)
+            num_timed += 1
             if times_fit(run, candidate):
                 found.append(candidate)
                 progress(len(found), plan.num_candidates, f"{number} drawn")
             if len(found) == plan.num_candidates:
+                break
+            if num_timed == TIMED_A_CANDIDATE * plan.num_candidates:
                 break
     if not found:
         raise nothing_fits(run, number, smallest)
@@ -212,10 +220,7 @@ def nothing_fits(run: Run, num_drawn: int, smallest: Candidate | None) -> InputE
     limits = run.recipe.budget.model_dump(mode="json", exclude_none=True)
     told = "nothing was counted"
     if smallest is not None:
-        told = (
-            f"the smallest has {smallest.num_params:,} parameters, {smallest.macs:,} "
-            f"multiply-adds and {smallest.peak_activation_bytes:,} bytes of activations"
-        )
+        told = f"the smallest has {costs_text(run, timed(run, smallest, run.folder))}"
     return InputError(
         problem(
             f"none of {num_drawn:,} drawn networks keeps the budget {limits}: {told}",

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from understudy.evaluate.budget import Budget
 from understudy.evaluate.latency import measure_latency
+from understudy.evaluate.memory import measure_memory
 from understudy.export.onnx_file import export_onnx
 from understudy.models.build import NormalizedModel, build_network
 from understudy.models.cost import model_cost
@@ -33,6 +34,8 @@ class Candidate:
         peak_activation_bytes: float32, one picture.
         latency_ms: in ONNX Runtime at the setting of the budget (or one picture, one thread).
         step_ms: of training, the least of a few: forward, backward and update, without the data.
+        peak_memory_bytes: of the fresh process that runs the file; None where the budget does not
+            limit it, or the system does not tell.
     """
 
     number: int
@@ -44,6 +47,7 @@ class Candidate:
     model_size_bytes: int = 0
     latency_ms: float = 0.0
     step_ms: float = 0.0
+    peak_memory_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -115,10 +119,14 @@ def timed(run: Run, candidate: Candidate, folder: Path) -> Candidate:
         min_seconds=min(0.3, run.recipe.measurement.min_seconds),
     )
     row = found.measurements[0].to_json()
+    memory = None
+    if run.recipe.budget.peak_memory_bytes is not None:
+        memory = measure_memory(path, images, batch_size=batch, num_threads=threads)
     values = candidate.to_json() | {
         "latency_ms": row[f"p{percentile}_ms"],
         "model_size_bytes": path.stat().st_size,
         "step_ms": step_ms(run, model),
+        "peak_memory_bytes": None if memory is None else memory.peak_memory_bytes,
     }
     path.unlink()
     return Candidate(**values)
@@ -152,12 +160,28 @@ def train_hours(run: Run, candidate: Candidate) -> float:
 
 
 def times_fit(run: Run, candidate: Candidate) -> bool:
-    """Return whether latency, file and training keep the budget, times with a margin."""
+    """Return whether latency, memory, file and training keep the budget, times with a margin."""
     budget = run.recipe.budget
     latency, hours = budget.latency_ms, budget.train_hours
     limits = (
         (candidate.latency_ms, None if latency is None else MARGIN * latency.at_most),
         (train_hours(run, candidate), None if hours is None else MARGIN * hours),
         (candidate.model_size_bytes, budget.model_size_bytes),
+        (candidate.peak_memory_bytes or 0, budget.peak_memory_bytes),
     )
     return all(limit is None or value <= limit for value, limit in limits)
+
+
+def costs_text(run: Run, candidate: Candidate) -> str:
+    """Return every figure of a timed candidate that a budget may limit, in words."""
+    told = [
+        f"{candidate.num_params:,} parameters",
+        f"{candidate.macs:,} multiply-adds",
+        f"{candidate.peak_activation_bytes:,} bytes of activations",
+        f"a file of {candidate.model_size_bytes:,} bytes",
+        f"{candidate.latency_ms:.3g} ms",
+        f"{train_hours(run, candidate):.3g} h of training",
+    ]
+    if candidate.peak_memory_bytes is not None:
+        told.append(f"{candidate.peak_memory_bytes:,} bytes of memory")
+    return ", ".join(told)

@@ -83,7 +83,12 @@ def read_results(
     rows = tuple(trial_row(frozen, plan) for frozen in study.get_trials(deepcopy=False))
     return SearchResults(
         name=name,
-        plan=plan.to_json(),
+        plan=plan.to_json()
+        | {
+            "directions": [OBJECTIVES[objective] for objective in plan.objectives],
+            "pruner": plan.pruner if plan.prunes else "none",
+            "judged_on": "validation",
+        },
         trials=rows,
         best=best_of(rows, plan.objectives),
         importances=importances(study, plan),

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import socket
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 PLAN_KEY, FOLDER_KEY, REASON_KEY, MEASURES_KEY = "plan", "folder", "reason", "measures"
 TRIALS_NAME = "trials"
+# A living process needs a moment from drawing a trial to naming its folder, also far away.
+NAMELESS_AFTER = timedelta(seconds=10)
 
 
 def import_optuna() -> Any:
@@ -150,7 +153,7 @@ def take(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Tr
     states = optuna.trial.TrialState
     with locked(folder / "draw.lock"):
         for frozen in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-            if frozen.user_attrs.get(FOLDER_KEY) != place(folder):
+            if frozen.user_attrs.get(FOLDER_KEY) != place(folder) and not nameless(frozen):
                 continue  # of another machine
             lock = try_lock(trial_folder(folder, frozen.number))
             if lock is None:
@@ -160,7 +163,11 @@ def take(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Tr
                 lock.close()
             else:
                 log.info("trial %d: taken up where its process left it", frozen.number)
-                return optuna.trial.Trial(study, frozen._trial_id), lock
+                # Values that were not drawn yet are drawn as they would have been.
+                study.sampler = make_sampler(plan, frozen.number)
+                trial = optuna.trial.Trial(study, frozen._trial_id)
+                trial.set_user_attr(FOLDER_KEY, place(folder))
+                return trial, lock
         waiting = study.get_trials(deepcopy=False, states=(states.WAITING,))
         left = 0 if plan.sampler == "grid" else num_left(study, plan)
         if not waiting and left == 0:
@@ -178,6 +185,14 @@ def take(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Tr
                 )
             )
         return trial, lock
+
+
+def nameless(frozen: optuna.trial.FrozenTrial) -> bool:
+    """Return whether a process died between drawing a trial and writing down where it works."""
+    started = frozen.datetime_start
+    if FOLDER_KEY in frozen.user_attrs or started is None:
+        return False
+    return datetime.now() - started > NAMELESS_AFTER
 
 
 def run_trial(

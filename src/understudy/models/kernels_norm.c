@@ -1,0 +1,148 @@
+/* Batch norm with ReLU for channels-last pictures in float32: rows of c channels, c at least 16.
+ *
+ * Sums are taken over a fixed number of shares of the rows, whichever thread works on them, so that
+ * the bits do not depend on the threads: within a block of rows in float, over blocks in double.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+#define BLOCK 64  /* rows of a block: few enough for the first-level cache */
+#define SHARES 16
+
+typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int ints __attribute__((vector_size(64), aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE floats load(const float *p) { return *(const floats *)p; }
+INLINE void store(float *p, floats v) { *(floats *)p = v; }
+
+/* The first channel of a vector. The last vector overlaps the one before where c is no multiple of
+ * 16: what it computes twice is stored twice, never added twice. */
+INLINE long channel(long k, long c) { return k + LANES <= c ? k : c - LANES; }
+
+/* The gradient past the ReLU, of which (x - mean) * slope + bias is the input. */
+INLINE floats past(floats g, floats centred, floats slope, floats bias, int relu) {
+    return relu ? (floats)((ints)g & (centred * slope + bias > 0.f)) : g;
+}
+
+/* The sums over rows of two terms, shares one after the other; totals: [2][c]. With g null the
+ * terms are d and d * d of d = x - middle; else the gradient and its product with d. 0 on success. */
+static int sums(const float *x, const float *g, const float *middle, const float *slope,
+                const float *bias, double *totals, long rows, long c, int relu, int num_threads) {
+    double *shares = calloc(SHARES * 2 * c, sizeof(double));
+    float *parts = malloc(sizeof(float) * SHARES * 2 * c);
+    if (!shares || !parts) {
+        free(shares);
+        free(parts);
+        return 1;
+    }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+    for (int share = 0; share < SHARES; share++) {
+        double *total = shares + share * 2 * c;
+        float *part = parts + share * 2 * c;
+        long end = rows * (share + 1) / SHARES;
+        for (long row = rows * share / SHARES; row < end; row += BLOCK) {
+            long stop = row + BLOCK < end ? row + BLOCK : end;
+            for (long first = 0; first < c; first += LANES) {
+                long k = channel(first, c);
+                floats one = {0}, two = {0}, m = load(middle + k);
+                floats s = load(slope + k), b = load(bias + k);
+                for (long r = row; r < stop; r++) {
+                    floats d = load(x + r * c + k) - m;
+                    floats v = g ? past(load(g + r * c + k), d, s, b, relu) : d;
+                    one += v;
+                    two += v * d;
+                }
+                store(part + k, one);
+                store(part + c + k, two);
+            }
+            for (long k = 0; k < 2 * c; k++) total[k] += part[k];
+        }
+    }
+    memset(totals, 0, sizeof(double) * 2 * c);
+    for (int share = 0; share < SHARES; share++)
+        for (long k = 0; k < 2 * c; k++) totals[k] += shares[share * 2 * c + k];
+    free(shares);
+    free(parts);
+    return 0;
+}
+
+/* y = relu((x - mean) * slope + bias), slope = weight / sqrt(variance + eps); saved: [3][c], the
+ * mean, the slope and 1 / sqrt(variance + eps). The running averages move by momentum. */
+int norm_forward(const float *x, const float *weight, const float *bias, float *running_mean,
+                 float *running_variance, float *y, float *saved, long rows, long c, double eps,
+                 double momentum, int relu, int num_threads) {
+    float *mean = saved, *slope = saved + c, *inverse = saved + 2 * c;
+    double *totals = malloc(sizeof(double) * 2 * c);
+    /* About the first row: the squares of what is far from zero would cancel. */
+    if (!totals || sums(x, NULL, x, weight, bias, totals, rows, c, 0, num_threads)) {
+        free(totals);
+        return 1;
+    }
+    for (long k = 0; k < c; k++) {
+        double offset = totals[k] / rows;
+        double variance = totals[c + k] / rows - offset * offset;
+        variance = variance < 0 ? 0 : variance;
+        mean[k] = (float)(x[k] + offset);
+        inverse[k] = (float)(1 / sqrt(variance + eps));
+        slope[k] = weight[k] * inverse[k];
+        running_mean[k] = (float)(running_mean[k] * (1 - momentum) + momentum * (x[k] + offset));
+        running_variance[k] = (float)(running_variance[k] * (1 - momentum) +
+                                      momentum * variance * rows / (rows - 1));
+    }
+    free(totals);
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (long row = 0; row < rows; row += BLOCK) {
+        long stop = row + BLOCK < rows ? row + BLOCK : rows;
+        for (long first = 0; first < c; first += LANES) {
+            long k = channel(first, c);
+            floats m = load(mean + k), s = load(slope + k), b = load(bias + k);
+            for (long r = row; r < stop; r++) {
+                floats v = (load(x + r * c + k) - m) * s + b;
+                store(y + r * c + k, relu ? (floats)((ints)v & ~(v < 0.f)) : v);
+            }
+        }
+    }
+    return 0;
+}
+
+/* dx, dweight[c] and dbias[c] of dy and what norm_forward saved. 0 on success. */
+int norm_backward(const float *x, const float *dy, const float *bias, const float *saved,
+                  float *dx, float *dweight, float *dbias, long rows, long c, int relu,
+                  int num_threads) {
+    const float *mean = saved, *slope = saved + c, *inverse = saved + 2 * c;
+    double *totals = malloc(sizeof(double) * 2 * c);
+    float *factors = malloc(sizeof(float) * 2 * c);
+    if (!totals || !factors ||
+        sums(x, dy, mean, slope, bias, totals, rows, c, relu, num_threads)) {
+        free(totals);
+        free(factors);
+        return 1;
+    }
+    for (long k = 0; k < c; k++) {
+        dbias[k] = (float)totals[k];
+        dweight[k] = (float)(totals[c + k] * inverse[k]);
+        factors[k] = (float)(totals[k] / rows);
+        factors[c + k] = (float)(totals[c + k] * inverse[k] * inverse[k] / rows);
+    }
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (long row = 0; row < rows; row += BLOCK) {
+        long stop = row + BLOCK < rows ? row + BLOCK : rows;
+        for (long first = 0; first < c; first += LANES) {
+            long k = channel(first, c);
+            floats m = load(mean + k), s = load(slope + k), b = load(bias + k);
+            floats level = load(factors + k), tilt = load(factors + c + k);
+            for (long r = row; r < stop; r++) {
+                floats d = load(x + r * c + k) - m;
+                floats g = past(load(dy + r * c + k), d, s, b, relu);
+                store(dx + r * c + k, s * (g - level - d * tilt));
+            }
+        }
+    }
+    free(totals);
+    free(factors);
+    return 0;
+}
