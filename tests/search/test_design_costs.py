@@ -23,6 +23,7 @@ def digits_run(folder, **budget):
     values = {
         "name": "costs",
         "data": {"source": "digits"},
+        "teacher": {"model": {"name": "mlp"}, "training": {"num_epochs": 1}},
         "student": {"model": {"name": "mlp"}},
         "training": {"num_epochs": 10, "batch_size": 64},
         "measurement": {"min_seconds": 0.02},
@@ -82,7 +83,6 @@ def test_a_count_at_the_limit_is_kept_and_above_it_is_not(limit, kept, broken):
     assert not counts_fit(KNOWN, Budget(**{limit: broken}))
 
 
-# The training: 10 epochs of floor(N / 64) steps of 36 ms.
 @pytest.mark.parametrize(
     ("limit", "kept", "broken"),
     [

@@ -1,6 +1,7 @@
 """The design command on a tiny recipe: budget kept, going on, what it writes, wrong input."""
 
 import json
+import time
 
 import pytest
 import yaml
@@ -59,6 +60,43 @@ def test_the_same_command_trains_nothing_again(warm, tiny_recipe, designed):
     assert again.code == 0, again.err
     assert json.loads((folder / "d" / "design.json").read_text()) == result
     assert "student: started" not in again.err
+
+
+def test_a_killed_search_keeps_its_candidates_and_finished_trainings(warm, tiny_recipe, tmp_path):
+    def finished():
+        return list((tmp_path / "d" / "trainings").glob("*/student/record.json"))
+
+    command = warm.start(
+        "design", tiny_recipe, "--out", tmp_path / "d", *OPTIONS, home=tmp_path / "home"
+    )
+    deadline = time.monotonic() + 60
+    while not finished() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    command.kill()
+    assert command.wait().code == -9
+    assert not (tmp_path / "d" / "design.json").exists()
+    drawn = json.loads((tmp_path / "d" / "candidates.json").read_text())["candidates"]
+    kept = {path: path.stat().st_mtime_ns for path in finished()}
+    assert 1 <= len(kept) < 5
+    again = design(warm, tiny_recipe, tmp_path, *OPTIONS)
+    assert again.code == 0, again.err
+    result = json.loads((tmp_path / "d" / "design.json").read_text())
+    assert result["candidates"] == drawn
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(finished()) == 5
+
+
+def test_a_limit_on_time_that_nothing_keeps_is_told_after_a_few_measurements(
+    warm, tiny_recipe, tmp_path
+):
+    impossible = design(
+        warm, tiny_recipe, tmp_path, "--budget", "latency_ms=0.000001", "--candidates", "1",
+        "--family", "paper_student",
+    )  # fmt: skip
+    assert impossible.code == 2
+    assert "drawn networks keeps the budget" in impossible.err
+    assert "h of training" in impossible.err
+    assert "Traceback" not in impossible.err
 
 
 def test_wrong_input_is_told(warm, tiny_recipe, tmp_path):
