@@ -192,7 +192,7 @@ def nameless(frozen: optuna.trial.FrozenTrial) -> bool:
     started = frozen.datetime_start
     if FOLDER_KEY in frozen.user_attrs or started is None:
         return False
-    return datetime.now() - started > NAMELESS_AFTER
+    return bool(datetime.now() - started > NAMELESS_AFTER)
 
 
 def run_trial(
