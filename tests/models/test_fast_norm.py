@@ -64,7 +64,8 @@ def test_values_gradients_and_running_averages(shape: tuple[int, ...], centre: f
         (norm.running_var, exact.running_var),
     ]
     for ours, reference in pairs:
-        assert ours is not None and reference is not None
+        assert ours is not None
+        assert reference is not None
         torch.testing.assert_close(ours.double(), reference, rtol=tolerance, atol=tolerance * 5)
     assert norm.num_batches_tracked == 2
 
@@ -114,7 +115,8 @@ def test_hooks_evaluation_and_other_layouts_get_the_plain_modules() -> None:
     seen: list[Tensor] = []
     handle = norm.register_forward_hook(lambda _, __, output: seen.append(output.clone()))
     NormSequential(norm, activation)(features)
-    assert len(seen) == 1 and bool((seen[0] < 0).any())
+    assert len(seen) == 1
+    assert bool((seen[0] < 0).any())
     handle.remove()
     norm.eval()
     assert not fast_norm._suits_kernels(norm, activation, features)

@@ -20,7 +20,7 @@ _MIN_CHANNELS = 16  # LANES of kernels_norm.c
 class NormSequential(nn.Sequential):
     """``nn.Sequential`` that trains each batch norm with a ReLU after it as ``norm_relu`` does."""
 
-    def forward(self, features: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, features: Tensor) -> Tensor:
         modules = list(self)
         position = 0
         while position < len(modules):
@@ -50,6 +50,7 @@ def norm_relu(norm: nn.Module, activation: nn.Module, features_NCHW: Tensor) -> 
     if not _suits_kernels(norm, activation, features_NCHW):
         result: Tensor = activation(norm(features_NCHW))
         return result
+    assert isinstance(norm, nn.BatchNorm2d)
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     fused: Tensor = _NormReLU.apply(  # type: ignore[no-untyped-call]
@@ -59,10 +60,12 @@ def norm_relu(norm: nn.Module, activation: nn.Module, features_NCHW: Tensor) -> 
 
 
 def _suits_kernels(norm: nn.Module, activation: nn.Module, features: Tensor) -> bool:
-    plain = type(norm) is nn.BatchNorm2d and type(activation) is nn.ReLU
-    if not plain or type(features) is not Tensor or not norm.training:
+    # Tools put modules of their own in these places, and tracers tensors of their own.
+    if type(norm) is not nn.BatchNorm2d or type(activation) is not nn.ReLU:
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():  # type: ignore[no-untyped-call]
+    if type(features) is not Tensor or not norm.training or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch.is_autocast_enabled("cpu") or _is_hooked(norm) or _is_hooked(activation):
         return False
@@ -77,7 +80,7 @@ def _suits_kernels(norm: nn.Module, activation: nn.Module, features: Tensor) -> 
         and features.numel() > features.shape[1]
         and features.is_contiguous(memory_format=torch.channels_last)
     )
-    return bool(fits) and convolution_kernels() is not None
+    return fits and convolution_kernels() is not None
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@
 #include <string.h>
 
 #define LANES 16
-#define BLOCK 64  /* rows of a block: few enough for the first-level cache */
+#define BLOCK 16  /* rows of a block: few enough for the first-level cache */
 #define SHARES 16
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
@@ -95,17 +95,12 @@ int norm_forward(const float *x, const float *weight, const float *bias, float *
     }
     free(totals);
 #pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (long row = 0; row < rows; row += BLOCK) {
-        long stop = row + BLOCK < rows ? row + BLOCK : rows;
+    for (long r = 0; r < rows; r++)
         for (long first = 0; first < c; first += LANES) {
             long k = channel(first, c);
-            floats m = load(mean + k), s = load(slope + k), b = load(bias + k);
-            for (long r = row; r < stop; r++) {
-                floats v = (load(x + r * c + k) - m) * s + b;
-                store(y + r * c + k, relu ? (floats)((ints)v & ~(v < 0.f)) : v);
-            }
+            floats v = (load(x + r * c + k) - load(mean + k)) * load(slope + k) + load(bias + k);
+            store(y + r * c + k, relu ? (floats)((ints)v & ~(v < 0.f)) : v);
         }
-    }
     return 0;
 }
 
@@ -129,19 +124,13 @@ int norm_backward(const float *x, const float *dy, const float *bias, const floa
         factors[c + k] = (float)(totals[c + k] * inverse[k] * inverse[k] / rows);
     }
 #pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (long row = 0; row < rows; row += BLOCK) {
-        long stop = row + BLOCK < rows ? row + BLOCK : rows;
+    for (long r = 0; r < rows; r++)
         for (long first = 0; first < c; first += LANES) {
             long k = channel(first, c);
-            floats m = load(mean + k), s = load(slope + k), b = load(bias + k);
-            floats level = load(factors + k), tilt = load(factors + c + k);
-            for (long r = row; r < stop; r++) {
-                floats d = load(x + r * c + k) - m;
-                floats g = past(load(dy + r * c + k), d, s, b, relu);
-                store(dx + r * c + k, s * (g - level - d * tilt));
-            }
+            floats d = load(x + r * c + k) - load(mean + k), s = load(slope + k);
+            floats g = past(load(dy + r * c + k), d, s, load(bias + k), relu);
+            store(dx + r * c + k, s * (g - load(factors + k) - d * load(factors + c + k)));
         }
-    }
     free(totals);
     free(factors);
     return 0;

@@ -40,9 +40,7 @@ class SeparableBlock(nn.Module):
         self.residual = residual and stride == 1 and in_channels == out_channels
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
-        features = norm_relu(
-            self.depthwise_norm, self.activation, self.depthwise(features_NCHW)
-        )
+        features = norm_relu(self.depthwise_norm, self.activation, self.depthwise(features_NCHW))
         features = norm_relu(self.pointwise_norm, self.activation, self.pointwise(features))
         return features + features_NCHW if self.residual else features
 
