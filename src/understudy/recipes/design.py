@@ -29,12 +29,16 @@ from understudy.recipes.design_costs import (
     times_fit,
     train_hours,
 )
+from understudy.recipes.job import start
 from understudy.recipes.networks import build_model, is_onnx
+from understudy.recipes.outputs import validation_accuracy
+from understudy.recipes.prepare import split
 from understudy.recipes.rank_probe import sharing
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
 from understudy.recipes.search import with_finished_teachers
 from understudy.recipes.search_space import student_only
+from understudy.recipes.teach import teach_one
 from understudy.search.architectures import FAMILIES, drawn_architectures
 from understudy.search.halving import Rung, Score, halve, pareto, plan_rungs
 
@@ -130,6 +134,7 @@ def design(run: Run, plan: DesignPlan, train_student: TrainStudent) -> Design:
 
     def accuracy(number: int, rung: Rung) -> float:
         made = training_run(run, values, by_number[number], rung)
+        take_teachers(made, run)
         record = train_student(made)
         found: float = record.payload["rows"][-1]["validation_accuracy"]
         return found
@@ -253,6 +258,20 @@ def training_run(run: Run, values: dict[str, Any], candidate: Candidate, rung: R
     }
     folder = run.folder / TRAININGS_NAME / f"{candidate.number:04d}-{rung.num_epochs}"
     return sharing(Run(parse_recipe(changed), folder, run.home), run, "source")
+
+
+def take_teachers(made: Run, run: Run) -> None:
+    """Take the finished teachers over, checked on the same validation split already.
+
+    Another pass of a large teacher for each training costs more than some trainings do.
+    """
+    if not run.teaches_first or run.steps:
+        return
+    start(made)
+    split(made)
+    for role, section in made.teachers.items():
+        if section.training is None:
+            teach_one(made, role, known_accuracy=validation_accuracy(run, role))
 
 
 def front_of(scores: Sequence[Score], candidates: dict[int, Candidate]) -> tuple[int, ...]:
