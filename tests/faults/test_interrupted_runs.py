@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-SECONDS_TO_EXIT = 5.0
+SECONDS_TO_EXIT = 30.0  # an idle machine takes a second; what counts is that it does not finish first
 
 
 def wait_until(condition, command, timeout_s=60.0):

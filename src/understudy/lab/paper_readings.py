@@ -41,7 +41,7 @@ def reading_of_accuracy(networks: Mapping[str, Any]) -> tuple[str, ...]:
             f"{name} against the student alone: {points(gain)}{noise}; the paper has "
             f"{points(theirs)}."
         )
-    if students:
+    if len(students) > 1:
         best = max(students, key=lambda name: found[name])
         spread = max(found[n] for n in students) - min(found[n] for n in students)
         told.append(

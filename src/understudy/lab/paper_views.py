@@ -84,9 +84,10 @@ def not_run(name: str) -> tuple[Part, ...]:
 def provenance(record: Record) -> str:
     """Return when, on what and with which setting an item was run."""
     setting = record.recipe["setting"]
-    epochs = record.recipe.get("grid_epochs", setting["num_epochs"])
     trained = record.kind not in ("lab-parameters", "lab-operators")
-    how = f"{epochs} epochs, dropout {setting['dropout']:g}, seed {record.seed}, "
+    how = f"seed {record.seed}, "
+    if record.kind != "lab-dropout":
+        how += f"dropout {setting['dropout']:g}, "
     machine = record.hardware.get("processor", "unknown machine")
     return (
         f"Run {moment(record.created)}: {how if trained else ''}{machine}, "

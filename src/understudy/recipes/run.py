@@ -37,7 +37,6 @@ from understudy.recipes.schema import Recipe
 from understudy.recipes.sections import ModelSection, TeacherSection
 from understudy.recipes.strategies import Ensemble, Mutual
 from understudy.runtime import derive_seed
-from understudy.train.plan import unwatched
 
 KEY_NAME = "key"
 
@@ -75,7 +74,7 @@ class Run:
     step: str = ""
     steps: tuple[Run, ...] = ()
     derived_from: Recipe | None = None
-    watch: Callable[[Mapping[str, Any]], None] = unwatched
+    watch: Callable[[Mapping[str, Any]], None] | None = None
 
     @property
     def asked(self) -> Recipe:

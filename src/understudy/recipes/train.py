@@ -182,7 +182,7 @@ def role_training(run: Run, role: str, folder: Path) -> tuple[nn.Module, TrainPl
     if is_student:
         objective = student_objective(run, model)
     validate = watched(validation_metrics(run), objective)
-    on_epoch = run.watch if role == "student" else unwatched
+    on_epoch = (run.watch if role == "student" else None) or unwatched
     plan = TrainPlan(feed, objective, settings, validate, folder, on_epoch)
     return with_exits(run, role, model, plan)
 

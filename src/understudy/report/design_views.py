@@ -77,7 +77,7 @@ def headline(design: Any) -> str:
 def how(design: Any) -> str:
     """Return how candidates were found and compared."""
     plan = design.plan
-    limits = ", ".join(f"{name} {value}" for name, value in design.budget.items()) or "none"
+    limits = ", ".join(f"{name} {value}" for name, value in design.budget.items() if value)
     return (
         f"{count(design.num_drawn)} networks of the families {', '.join(plan['families'])} were "
         f"drawn until {len(design.candidates)} kept the budget ({limits}; at least "
