@@ -113,6 +113,8 @@ def test_every_shipped_recipe_is_valid(name):
     given = ["data.source=digits"]
     if "checkpoint: null" in shipped_recipes()[name]:
         given.append("teacher.checkpoint=teacher.pt")
+    if "name: ensemble\n" in shipped_recipes()[name] and len(given) == 2:
+        given.append("strategy.teachers.0.checkpoint=second.pt")
     assert load_recipe(name, given).student.model.name
 
 
