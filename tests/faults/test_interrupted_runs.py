@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-SECONDS_TO_EXIT = 30.0  # an idle machine takes a second; what counts is that it does not finish first
+# An idle machine takes a second; what counts is that the work is not finished first.
+SECONDS_TO_EXIT = 30.0
 
 
 def wait_until(condition, command, timeout_s=60.0):
