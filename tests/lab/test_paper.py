@@ -10,7 +10,12 @@ from understudy.artifacts import Record, file_hash
 from understudy.errors import InputError
 from understudy.lab import trainings
 from understudy.lab.paper import ITEMS, num_params, vit_params
-from understudy.lab.paper_readings import reading_of_accuracy, reading_of_dropout, reading_of_grid
+from understudy.lab.paper_readings import (
+    reading_of_accuracy,
+    reading_of_dropout,
+    reading_of_grid,
+    reading_of_pretrained,
+)
 from understudy.lab.paper_recipes import Setting, alone, distilled, online, pretrained
 from understudy.lab.paper_values import ACCURACIES, OPERATORS, PARAMETERS, SECONDS
 from understudy.lab.paper_views import PARTS, TITLES, paper_document
@@ -122,6 +127,30 @@ def test_the_page_says_what_was_not_run_and_how_to_run_it():
     for name in ITEMS:
         assert f"`understudy lab paper --only {name} --data FOLDER` runs it" in text
     assert "Not run." in document_html(document)
+
+
+def test_networks_of_table_6_without_a_result_are_named_as_not_run():
+    networks = {
+        name: {"curve": curve(0.3, 0.4), "epoch_seconds": 2.0, "inference_seconds": 1.0}
+        for name in ("Student", "Teacher 6", "TS 6")
+    }
+    told, accuracies, *_ = PARTS["accuracy"]({"networks": networks})
+    assert "Not run: Teacher 4, Teacher 8, TS 4, TS 8." in told
+    assert "--layers 6 --layers 4 --layers 8" in told
+    assert {row[0] for row in accuracies.rows if row[2] == "not run"} == {
+        "Teacher 4", "Teacher 8", "TS 4", "TS 8"
+    }  # fmt: skip
+    every = dict.fromkeys(ACCURACIES, networks["Student"])
+    assert not any(isinstance(part, str) for part in PARTS["accuracy"]({"networks": every}))
+
+
+def test_a_teacher_that_is_not_sure_is_not_called_nearly_labels():
+    payload = {"epoch_seconds": 2.0, "label_seconds": 2.0, "teacher_accuracy": 0.9}
+    sure = reading_of_pretrained(payload | {"teacher_confidence": 0.999})
+    unsure = reading_of_pretrained(payload | {"teacher_confidence": 0.7})
+    assert "nearly the labels" in sure
+    assert "not told apart" in sure
+    assert unsure.endswith("training pictures is 0.7000.")
 
 
 def test_the_command_keeps_what_it_has_done(warm, tmp_path):

@@ -15,6 +15,7 @@ from understudy.lab.paper_values import (
 from understudy.report.formats import fixed, percent, points
 
 SEEN_BEFORE = 0.99  # of CIFAR-10: nobody's validation accuracy
+NEARLY_LABELS = 0.99  # mean confidence on the training pictures
 Curve = Sequence[Sequence[float]]
 # Standard deviation of an accuracy near 0.6 on 5,000 pictures; twice that of a difference is noise.
 NOISE = 2 * (2 * 0.6 * 0.4 / 5000) ** 0.5
@@ -81,10 +82,10 @@ def reading_of_dropout(curves: Mapping[str, Curve]) -> str:
     if epochs < EPOCHS:
         order = sorted(curves, key=lambda rate: -last(curves[rate]))
         spread = last(curves[order[0]]) - last(curves[order[-1]])
-        chance = "within" if spread < NOISE else "beyond"
+        chance = "within chance" if spread < NOISE else "more than chance gives two networks"
         return (
             f"After {epochs} epochs the rates from best to worst are {', '.join(order)}, "
-            f"{percent(spread)} apart ({chance} chance): whether a rate ends "
+            f"{percent(spread)} apart ({chance}; one seed each): whether a rate ends "
             f"at the paper's {percent(theirs)} is not to be told before {EPOCHS} epochs."
         )
     ours = percent(last(curves[near]))
@@ -105,17 +106,21 @@ def reading_of_online(payload: Mapping[str, Any]) -> str:
 def reading_of_pretrained(payload: Mapping[str, Any]) -> str:
     """Return what the store saves, and what there is of a capacity gap."""
     ratio = (payload["epoch_seconds"] + payload["label_seconds"]) / payload["epoch_seconds"]
-    told = f"Stored outputs make an epoch {fixed(ratio, 1)} times shorter here. "
+    told = (
+        f"By these two timings, taken one after the other, an epoch without the store would take "
+        f"{fixed(ratio, 1)} times as long. "
+    )
     if payload["teacher_accuracy"] > SEEN_BEFORE:
         told += "The teacher's own training seems to have had these validation pictures. "
     confidence = payload.get("teacher_confidence")
     if confidence is None:
-        return told
+        return told.strip()
+    told += f"The teacher's mean confidence on the training pictures is {fixed(confidence, 4)}"
+    if confidence <= NEARLY_LABELS:
+        return told + "."
     return told + (
-        f"The teacher's mean confidence on the training pictures is {fixed(confidence, 4)}: at "
-        "temperature 1 its outputs are nearly the labels, so there is little in them that labels "
-        "do not say. That, and not its size by itself, is what a large teacher leaves to learn; a "
-        "higher temperature or mixed pictures bring it out."
+        ": at temperature 1 its outputs are nearly the labels. That, rather than its size, may be "
+        "what limits its student; no other temperature was tried, so the two are not told apart."
     )
 
 

@@ -148,7 +148,15 @@ def accuracy_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
     networks = payload["networks"]
     accuracies, times = [], []
     for name, (their_training, their_validation) in ACCURACIES.items():
+        their_epoch, their_inference = SECONDS[name]
         if name not in networks:
+            accuracies.append(
+                (name, percent(their_training), "not run", percent(their_validation), "not run",
+                 "", "")
+            )  # fmt: skip
+            times.append(
+                (name, f"{their_epoch:g} s", "not run", "", f"{their_inference:g} s", "not run", "")
+            )
             continue
         epoch, training, validation = networks[name]["curve"][-1]
         accuracies.append(
@@ -162,7 +170,6 @@ def accuracy_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
                 str(int(epoch)),
             )
         )
-        their_epoch, their_inference = SECONDS[name]
         ours = networks[name]
         times.append(
             (
@@ -175,7 +182,9 @@ def accuracy_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
                 f"{fixed(their_inference / ours['inference_seconds'], 1)}×",
             )
         )
+    missing = absent_networks(networks)
     return (
+        *missing,
         Grid(
             "Training accuracy is the mean over the last epoch's updates, dropout at work.",
             ("Network", "Training, paper", "Here", "Validation, paper", "Here", "Points", "Epochs"),
@@ -192,6 +201,20 @@ def accuracy_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
             tuple(times),
         ),
         reading_of_accuracy(networks),
+    )
+
+
+def absent_networks(networks: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Return how the networks of Table 6 that have no result are run."""
+    layers = sorted({name.split()[-1] for name in ACCURACIES if name not in networks})
+    if not layers:
+        return ()
+    asked = " ".join(f"--layers {number}" for number in layers)
+    have = sorted({name.split()[-1] for name in networks if name.startswith("TS ")})
+    kept = "".join(f"--layers {number} " for number in have)
+    return (
+        f"Not run: {', '.join(name for name in ACCURACIES if name not in networks)}. "
+        f"`understudy lab paper --only accuracy {kept}{asked} --data FOLDER` runs them.",
     )
 
 
