@@ -113,6 +113,9 @@ class WarmProcess:
 
 def serve() -> None:
     """Answer requests until standard input ends."""
+    # A shell leaves SIGINT ignored in what it runs in the background, and children inherit that:
+    # no command of these tests could be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import_everything()
     assert threading.active_count() == 1, "a fork would lose the other threads"
     print(json.dumps("ready"), flush=True)

@@ -1,7 +1,6 @@
 """Ctrl-C: the run ends quickly, says how to go on, and goes on bit for bit."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +8,7 @@ import time
 
 import pytest
 
-# An idle machine takes a second; what counts is that the work is not finished first.
-SECONDS_TO_EXIT = 30.0
+SECONDS_TO_EXIT = 5.0
 
 
 def wait_until(condition, command, timeout_s=60.0):
@@ -53,22 +51,13 @@ def test_a_signal_in_training_saves_where_it_was(warm, tiny_recipe, unbroken, fr
 
 
 def test_ctrl_c_in_labelling_keeps_whole_chunks(warm, tiny_recipe, fresh, tmp_path):
-    many = ("--set", "views.num_views=200")
+    many = ("--set", "views.num_views=40")
     command = warm.start("teach", tiny_recipe, *many, "--out", fresh.folder, home=fresh.home)
     assert command.wait().code == 0
+    command = warm.start("label", fresh.folder, home=fresh.home)
     chunks = fresh.home / "outputs"
-    # On a busy machine the labelling may be finished before the signal reaches it: once more then.
-    for _ in range(4):
-        shutil.rmtree(chunks, ignore_errors=True)
-        shutil.rmtree(fresh.folder / "labels", ignore_errors=True)
-        command = warm.start("label", fresh.folder, home=fresh.home)
-        wait_until(lambda: any(chunks.glob("*/c.0.0")), command)
-        command.kill(signal.SIGINT)
-        finished = command.wait()
-        if finished.code != 0:
-            break
-    assert finished.code == 130, finished.err
-    assert "`understudy resume" in finished.err
+    wait_until(lambda: any(chunks.glob("*/c.0.0")), command)
+    interrupt(command, fresh)
     num_kept = len(list(chunks.glob("*/c.*")))
     assert num_kept > 0
     finished = warm.run("label", fresh.folder, home=fresh.home)
