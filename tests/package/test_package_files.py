@@ -335,9 +335,10 @@ class TestDamagedFolder:
             read_package(copy)
 
     def test_what_a_user_builds_elsewhere_is_no_damage(self, copy):
+        before = read_package(copy).manifest
         (copy / "run_c").mkdir()
         (copy / "run_c" / "classify").write_text("")
-        read_package(copy)
+        assert read_package(copy).manifest == before
 
     @pytest.mark.parametrize("name", ["run.py", "artifacts/onnx-int8", "artifacts", MANIFEST_NAME])
     def test_a_symbolic_link(self, copy, tmp_path, name):
@@ -496,7 +497,9 @@ class TestDamagedZip:
         path = rezipped(
             zip_package, tmp_path / "p.zip", lambda members: [("artifacts/", b""), *members]
         )
-        read_package(path).close()
+        with read_package(path) as package, read_package(zip_package) as whole:
+            assert package.manifest == whole.manifest
+            assert (package.folder / "artifacts").is_dir()
 
     def test_other_compressions_are_refused(self, zip_package, tmp_path):
         def change(members):

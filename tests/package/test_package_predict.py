@@ -329,6 +329,7 @@ class TestBadPictures:
     def test_random_damage_is_never_a_traceback(self, tmp_path, files):
         random = np.random.default_rng(5)
         whole = files[0].read_bytes()
+        num_refused = num_read = 0
         for _ in range(100):
             data = bytearray(whole)
             for position in random.integers(0, len(data), 4):
@@ -336,9 +337,14 @@ class TestBadPictures:
             path = tmp_path / "damaged.png"
             path.write_bytes(data)
             try:
-                load_picture(path, COLOR)
-            except DataError:
-                continue
+                picture = load_picture(path, COLOR)
+            except DataError as error:
+                num_refused += "damaged.png" in str(error)
+            else:
+                num_read += 1
+                assert picture.pixels_CHW.shape == load_picture(files[0], COLOR).pixels_CHW.shape
+        assert num_refused + num_read == 100
+        assert num_refused > 0
 
 
 class TestCommand:
