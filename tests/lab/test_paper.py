@@ -9,7 +9,7 @@ from tiny_run import TINY_RECIPE
 from understudy.artifacts import Record, file_hash
 from understudy.errors import InputError
 from understudy.lab import trainings
-from understudy.lab.paper import ITEMS, num_params, vit_params
+from understudy.lab.paper import ITEMS, Lab, num_params, vit_params
 from understudy.lab.paper_readings import (
     reading_of_accuracy,
     reading_of_dropout,
@@ -89,6 +89,14 @@ def test_a_student_goes_on_only_with_the_same_teacher(tmp_path, monkeypatch):
     assert longer.hash == whole.hash
     other = trainings.distilled(constant(5), tmp_path / "run")
     assert other.hash == trainings.distilled(constant(5), tmp_path / "new").hash
+
+
+def test_another_dropout_or_seed_leaves_earlier_trainings_alone(tmp_path):
+    def folder(**changes):
+        return Lab(Setting("digits", **changes), tmp_path).run_folder("ts6")
+
+    assert len({folder(), folder(dropout=0.0), folder(seed=1), folder(dropout=0.0, seed=1)}) == 4
+    assert folder(num_epochs=3) == folder(num_epochs=100)  # which goes on from the shorter one
 
 
 def curve(*validations):

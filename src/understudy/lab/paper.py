@@ -37,6 +37,7 @@ from understudy.lab.paper_recipes import (
 )
 from understudy.models.build import build_network
 from understudy.progress import log
+from understudy.recipes.check import check_folder
 from understudy.recipes.job import open_run
 from understudy.recipes.networks import trained_model
 
@@ -71,9 +72,14 @@ class Lab:
                 )
             )
 
-    def run_folder(self, name: str) -> Path:
-        """Return the folder of a training; with another dropout it is another one."""
-        return self.folder / "runs" / name
+    def run_folder(self, name: str, dropout: float | None = None) -> Path:
+        """Return the folder of a training: one for each dropout rate and seed.
+
+        A stage whose recipe has changed is made anew in its folder, and hours of training would be
+        gone.
+        """
+        rate = self.setting.dropout if dropout is None else dropout
+        return self.folder / "runs" / f"{name}-dropout-{rate:g}-seed-{self.setting.seed}"
 
     @property
     def grid_setting(self) -> Setting:
@@ -141,7 +147,7 @@ def accuracy(lab: Lab) -> dict[str, Any]:
     found: dict[str, Any] = {}
     setting = lab.setting
     student = alone(setting, dropout=setting.dropout)
-    folder = lab.run_folder(f"alone-{setting.dropout:g}")
+    folder = lab.run_folder("alone")
     found["Student"] = told(trainings.on_labels(student, folder), student, folder, "teacher")
     for layers in lab.layers:
         found |= teacher_and_student(lab, layers)
@@ -189,7 +195,7 @@ def dropout(lab: Lab) -> dict[str, Any]:
     for rate in DROPOUT_RATES:
         recipe = alone(lab.grid_setting, dropout=rate)
         # The student of Table 6 is one of these, and perhaps trained longer already.
-        folder = lab.run_folder(f"alone-{rate:g}")
+        folder = lab.run_folder("alone", rate)
         curves[f"{rate:g}"] = trainings.curve(trainings.on_labels(longest(recipe, folder), folder))
     return {"curves": curves}
 
@@ -308,6 +314,8 @@ def run_items(lab: Lab, names: Sequence[str]) -> dict[str, Record]:
                 mend="Correct it, or leave --only out to run all.",
             )
         )
+    if problems := check_folder(lab.folder):
+        raise InputError(*problems)
     with exclusive(lab.folder):
         for name in names:
             run_item(lab, name)

@@ -107,7 +107,7 @@ def parameter_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
 
 
 def operator_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
-    """Return Tables 1 to 4: times as shares of the whole, since machines differ."""
+    """Return Tables 1 to 4."""
     parts: list[Part] = [
         "One batch of 100 pictures in training mode on one thread: in evaluation mode dropout does "
         "nothing, and has neither the paper's time nor its memory. Here leaky ReLU and dropout "
