@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from understudy.models.build import build_network
+from understudy.recipes.design_job import open_design
+from understudy.recipes.schema import parse_recipe
 
 OPTIONS = ("--budget", "num_params=2500", "--candidates", "4", "--epochs", "1", "--epochs", "2")
 
@@ -99,6 +101,18 @@ def test_a_limit_on_time_that_nothing_keeps_is_told_after_a_few_measurements(
     assert "Traceback" not in impossible.err
 
 
+@pytest.mark.parametrize("kind", ["mapping", "recipe", "file"])
+def test_the_budget_that_is_given_counts_for_every_kind_of_recipe(tmp_path, tiny_recipe, kind):
+    values = yaml.safe_load(tiny_recipe.read_text())
+    recipe = {"mapping": values, "recipe": parse_recipe(values), "file": tiny_recipe}[kind]
+    given = ["num_params=777", "latency_ms=5"]
+    run = open_design(recipe, budget=given, device=None, changes=["seed=9"], out=tmp_path / "d")
+    assert run.recipe.budget.num_params == 777
+    assert run.recipe.budget.latency_ms.at_most == 5
+    assert run.recipe.seed == 9
+    assert values == yaml.safe_load(tiny_recipe.read_text())
+
+
 def test_wrong_input_is_told(warm, tiny_recipe, tmp_path):
     without = design(warm, tiny_recipe, tmp_path)
     assert without.code == 2
@@ -109,6 +123,17 @@ def test_wrong_input_is_told(warm, tiny_recipe, tmp_path):
     family = design(warm, tiny_recipe, tmp_path, "--budget", "num_params=9", "--family", "resnext")
     assert family.code == 2
     assert "resnext" in family.err
+    for options, text in (
+        (("--epochs", "3", "--epochs", "1"), "epochs that grow"),
+        (("--candidates", "0"), "0 candidates"),
+        (("--factor", "1"), "factor 1"),
+        (("--fill", "2"), "fill 2"),
+    ):
+        wrong = design(warm, tiny_recipe, tmp_path, "--budget", "num_params=2500", *options)
+        assert wrong.code == 2
+        assert text in wrong.err
+        # Told before anything is trained or measured.
+        assert not (tmp_path / "d").exists()
     tight = design(
         warm, tiny_recipe, tmp_path, "--budget", "num_params=20", "--candidates", "1",
         "--family", "paper_student",

@@ -6,6 +6,7 @@ import time
 import pytest
 import yaml
 
+from tiny_run import TINY_RECIPE
 from understudy.artifacts import file_hash
 
 
@@ -58,7 +59,11 @@ def test_the_same_command_goes_on_and_finished_trials_stay(warm, tiny_recipe, se
     assert len(after) == 3
     other = search(warm, tiny_recipe, folder, "--trials", "3", "--space", "seed=int:0..3")
     assert other.code == 2
-    assert "is another search" in other.err
+    assert "is another search: its space" in other.err
+    changed = ("--trials", "3", "--space", space, "--set", "training.batch_size=32")
+    recipe = search(warm, tiny_recipe, folder, *changed)
+    assert recipe.code == 2
+    assert "is another search: its recipe" in recipe.err
 
 
 def test_a_killed_training_is_continued_to_the_same_result(warm, tiny_recipe, tmp_path):
@@ -113,6 +118,12 @@ def test_two_processes_finish_a_grid(warm, tiny_recipe, tmp_path):
     rows = json.loads((tmp_path / "s" / "search.json").read_text())["trials"]
     assert [row["state"] for row in rows] == ["complete"] * 2
     assert [row["settings"]["distillation.temperature"] for row in rows] == [1, 4]
+    # How the trials were shared out is no part of what was found.
+    best = yaml.safe_load((tmp_path / "s" / "best.yaml").read_text())
+    assert best["device"] == yaml.safe_load(TINY_RECIPE)["device"] | {
+        "accelerator": "cpu",
+        "num_processes": 1,
+    }
 
 
 def test_wrong_input_is_one_message_each_and_starts_nothing(warm, tiny_recipe, tmp_path):

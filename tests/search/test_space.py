@@ -63,6 +63,7 @@ def test_a_grid_has_every_combination_once_in_order():
         (["a=log:0..1"], ["above 0"]),
         (["a=int:0.5..3"], ["must be whole"]),
         (["a=1|1"], ["each once"]),
+        (["a=1|["], ["`a`: '1|['"]),
         (["a=log:3"], ["no LOW..HIGH"]),
         (["a=1|2", "a=3"], ["`a` twice"]),
         (["a=1 - b"], ["`a` is 1 - `b`"]),
@@ -144,6 +145,8 @@ def test_a_plan_says_everything_that_is_wrong_with_it():
     with pytest.raises(InputError) as caught:
         SearchPlan(space, objectives=("acuracy",), sampler="best", pruner="x", num_trials=0)
     assert len(caught.value.problems) == 4
+    with pytest.raises(InputError, match="values that can be counted"):
+        SearchPlan(parse_space(["a=0..1"]), sampler="grid")
     with pytest.raises(InputError, match="without an end"):
         SearchPlan(space, sampler="random")
     assert not SearchPlan(space, objectives=("accuracy", "macs"), num_trials=1).prunes

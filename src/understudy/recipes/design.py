@@ -83,11 +83,7 @@ class DesignPlan:
             )
         if not 0 <= self.fill <= 1:
             raise InputError(problem(f"fill {self.fill}", expected="0 to 1", mend="Correct it."))
-
-    @property
-    def rungs(self) -> list[Rung]:
-        """The rounds."""
-        return plan_rungs(self.num_candidates, epochs=self.epochs, factor=self.factor)
+        plan_rungs(self.num_candidates, epochs=self.epochs, factor=self.factor)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,12 @@ from understudy.recipes.design import (
     design,
     design_folder,
 )
-from understudy.recipes.files import RECIPE_NAME, read_recipe
+from understudy.recipes.files import RECIPE_NAME, apply_change, read_recipe
 from understudy.recipes.run import Run, home_folder
 from understudy.recipes.schema import Recipe, parse_recipe
 from understudy.recipes.search_space import student_only
 from understudy.report.design_views import design_document
-from understudy.report.document import write_document
-from understudy.report.formats import moment
-from understudy.runtime import hardware_facts
+from understudy.report.document import run_facts, write_document
 
 PAGE_NAME = "design"
 
@@ -42,15 +40,15 @@ def open_design(
     Raises:
         InputError: something given is wrong, or there is no budget.
     """
-    asked = [*changes, *(f"budget.{item}" for item in budget)]
-    if isinstance(recipe, Recipe):
-        values = recipe.model_dump(mode="json")
-        checked = parse_recipe(values)
-    elif isinstance(recipe, Mapping):
-        checked = parse_checked(dict(recipe))
+    asked = [latency_change(item) for item in (*changes, *(f"budget.{item}" for item in budget))]
+    if isinstance(recipe, Recipe | Mapping):
+        given = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
+        values, origin = copy.deepcopy(dict(given)), "recipe"
+        for change in asked:
+            apply_change(values, change)
     else:
-        values, origin = read_recipe(recipe, [latency_change(item) for item in asked])
-        checked = parse_checked(values, origin=origin)
+        values, origin = read_recipe(recipe, asked)
+    checked = parse_checked(values, origin=origin)
     if device is not None:
         own = checked.budget.model_dump(exclude_none=True, exclude={"strict"})
         limits = Budget.model_validate(device_budget(load_device(device)) | own)
@@ -101,12 +99,7 @@ def run_design(
         except KeyboardInterrupt:
             log.warning("the same command continues the search in %s", run.folder)
             raise
-        facts = (
-            moment(datetime.now(UTC).isoformat(timespec="seconds")),
-            f"seed {run.recipe.seed}",
-            run.recipe.data.source,
-            str(hardware_facts().get("processor", "an unrecorded machine")),
-        )
+        facts = run_facts(run.recipe.seed, run.recipe.data.source)
         write_document(design_document(found, facts=facts), run.folder, PAGE_NAME)
         return found
 

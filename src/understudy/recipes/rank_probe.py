@@ -16,7 +16,7 @@ from understudy.recipes.label import label
 from understudy.recipes.networks import WEIGHTS_NAME, is_onnx, trained_model
 from understudy.recipes.outputs import stored_outputs, validation_accuracy
 from understudy.recipes.prepare import split
-from understudy.recipes.rank_profile import RIGHT_NAME, own_normalization, save_right
+from understudy.recipes.rank_profile import RIGHT_NAME, normalization_of, save_right
 from understudy.recipes.rank_settings import CONTROL_NAME, ProbeSection
 from understudy.recipes.run import Run
 from understudy.recipes.sections import TeacherSection
@@ -96,17 +96,17 @@ def sharing(made: Run, run: Run, *names: str) -> Run:
     return made
 
 
-def finished_teacher(candidate: Run) -> TeacherSection:
-    """Return the candidate with the weights that it has after ``teach``, as they are now on disk.
+def finished_teacher(candidate: Run, role: str = "teacher") -> TeacherSection:
+    """Return a run's teacher with the weights that it has after ``teach``, as they are on disk.
 
     Its normalisation is written out: that of a teacher that was trained here comes from the whole
     training split, and a probe may have a part of it.
     """
-    section = candidate.teachers["teacher"]
+    section = candidate.teachers[role]
     if is_onnx(section.model):
         return section
-    model = section.model.model_copy(update={"normalization": own_normalization(candidate)})
-    checkpoint = candidate.folder / "teacher" / WEIGHTS_NAME
+    model = section.model.model_copy(update={"normalization": normalization_of(candidate, role)})
+    checkpoint = candidate.folder / role / WEIGHTS_NAME
     return section.model_copy(update={"model": model, "checkpoint": checkpoint, "training": None})
 
 

@@ -141,7 +141,7 @@ def conversions(run: Run) -> dict[str, Any]:
         num_channels = run.source.image_shape[0]
         mean, std = [0.0] * num_channels, [1.0] * num_channels
     else:
-        found = own_normalization(run)
+        found = normalization_of(run, "teacher")
         mean, std = list(found.mean), list(found.std)
     names = section.class_names
     return {
@@ -150,11 +150,6 @@ def conversions(run: Run) -> dict[str, Any]:
         "color_order": section.color_order,
         "output_order": None if names is None else class_order(names, run.source.class_names),
     }
-
-
-def own_normalization(run: Run) -> Normalization:
-    """Return the teacher's normalisation: its own, or that of the split that it was trained on."""
-    return normalization_of(run, "teacher")
 
 
 def normalization_of(run: Run, role: str) -> Normalization:

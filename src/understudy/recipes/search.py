@@ -18,15 +18,13 @@ from understudy.artifacts import Record, write_text
 from understudy.evaluate.latency import measure_latency
 from understudy.export.onnx_file import export_onnx
 from understudy.models.cost import model_cost
-from understudy.recipes.networks import WEIGHTS_NAME, trained_model
-from understudy.recipes.rank_profile import normalization_of
+from understudy.recipes.networks import trained_model
+from understudy.recipes.rank_probe import finished_teacher
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
 from understudy.recipes.search_space import student_only, trial_recipe, with_settings
-from understudy.report.document import write_document
-from understudy.report.formats import moment
+from understudy.report.document import run_facts, write_document
 from understudy.report.search_views import search_document
-from understudy.runtime import hardware_facts
 from understudy.search.plan import Attempt, SearchPlan
 from understudy.search.results import SearchResults, read_results
 from understudy.search.study import open_study, prepare, work
@@ -46,6 +44,7 @@ class Search:
         values: the recipe's values, which every trial starts from.
         storage: URL of the database.
         study_name: in the database, which may hold others.
+        num_threads: of a trial where the recipe says nothing; None: as the recipe says.
     """
 
     plan: SearchPlan
@@ -54,6 +53,7 @@ class Search:
     home: Path
     storage: str
     study_name: str
+    num_threads: int | None = None
 
 
 def begin(search: Search, teach: Callable[[Run], None]) -> None:
@@ -83,22 +83,10 @@ def finish(search: Search) -> SearchResults:
     )
     if results.best:
         write_text(search.folder / BEST_NAME, best_recipe(search, results))
-    facts = (
-        moment(now()),
-        f"seed {search.plan.seed}",
-        str(search.values["data"]["source"]),
-        str(hardware_facts().get("processor", "an unrecorded machine")),
-    )
+    facts = run_facts(search.plan.seed, search.values["data"]["source"])
     write_document(search_document(results, facts=facts), search.folder, PAGE_NAME)
     write_text(search.folder / RESULTS_NAME, results.to_json())
     return results
-
-
-def now() -> str:
-    """Return the present moment as records write it."""
-    from datetime import UTC, datetime
-
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def best_recipe(search: Search, results: SearchResults) -> str:
@@ -148,7 +136,11 @@ def trial_run(search: Search, attempt: Attempt) -> Run:
     values = search.values
     if not any(path.split(".")[0] in ("teacher", "strategy", "data") for path in attempt.settings):
         values = with_finished_teachers(base_run(search))
-    run = Run(trial_recipe(values, attempt), attempt.folder, search.home)
+    recipe = trial_recipe(values, attempt)
+    if recipe.device.num_threads is None and search.num_threads is not None:
+        device = recipe.device.model_copy(update={"num_threads": search.num_threads})
+        recipe = recipe.model_copy(update={"device": device})
+    run = Run(recipe, attempt.folder, search.home)
 
     def watch(row: Mapping[str, Any]) -> None:
         if "validation_accuracy" in row:
@@ -163,15 +155,7 @@ def with_finished_teachers(base: Run) -> dict[str, Any]:
     values = base.recipe.model_dump(mode="json")
     if not base.teaches_first or base.steps:
         return values
-    sections = []
-    for role, section in base.teachers.items():
-        if section.training is not None:
-            model = section.model.model_copy(update={"normalization": normalization_of(base, role)})
-            checkpoint = (base.folder / role / WEIGHTS_NAME).resolve()
-            section = section.model_copy(
-                update={"model": model, "checkpoint": checkpoint, "training": None}
-            )
-        sections.append(section.model_dump(mode="json"))
+    sections = [finished_teacher(base, role).model_dump(mode="json") for role in base.teachers]
     values["teacher"] = sections[0]
     if sections[1:]:
         values["strategy"]["teachers"] = sections[1:]

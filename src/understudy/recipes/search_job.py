@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from understudy.artifacts import exclusive
+from understudy.artifacts import content_hash, exclusive
 from understudy.errors import InputError, problem
 from understudy.progress import log, setup_logging
 from understudy.recipes.files import RECIPE_NAME, read_recipe
@@ -29,6 +28,7 @@ from understudy.recipes.search import (
     finish,
 )
 from understudy.recipes.search_space import check_space, default_space, student_only
+from understudy.runtime import num_usable_cores
 from understudy.search.plan import SearchPlan
 from understudy.search.results import SearchResults
 from understudy.search.space import Space, parse_space
@@ -53,7 +53,7 @@ def open_search(
     values = recipe.model_dump(mode="json")
     found = default_space(recipe) if space is None else space_of(space)
     check_space(values, found)
-    plan = SearchPlan(space=found, seed=recipe.seed, **options)
+    plan = SearchPlan(space=found, seed=recipe.seed, recipe=identity(recipe), **options)
     if workers < 1:
         raise InputError(
             problem(f"{workers} workers", expected="at least 1", mend="Correct --workers.")
@@ -70,11 +70,17 @@ def open_search(
                 mend="Name another one with --out.",
             )
         )
-    if values["device"]["num_threads"] is None and workers > 1:
-        values["device"]["num_threads"] = max(1, (os.cpu_count() or 1) // workers)
     url = storage or f"sqlite:///{(folder / DATABASE_NAME).resolve()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return Search(plan, values, folder, home_folder(), url, recipe.name)
+    threads = max(1, num_usable_cores() // workers) if workers > 1 else None
+    return Search(plan, values, folder, home_folder(), url, recipe.name, threads)
+
+
+def identity(recipe: Recipe) -> str:
+    """Return a hash of what decides a trial besides its settings, wherever it lies and runs."""
+    names = set(type(recipe).model_fields) - {"name", "device", "measurement"}
+    values = recipe.section(*names)
+    values["data"] = {key: value for key, value in values["data"].items() if key != "source"}
+    return content_hash(values)
 
 
 def space_of(given: Mapping[str, Any] | Sequence[str] | str | Path) -> Space:
@@ -162,7 +168,6 @@ def be_worker(search: Search) -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     setup_logging()
-    torch.set_num_threads(search.values["device"]["num_threads"] or 1)
     try:
         do_trials(search, train_student)
     except KeyboardInterrupt:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from understudy.artifacts import write_text
 from understudy.report.charts import Chart
+from understudy.report.formats import moment
 from understudy.report.render import environment, packed_plotly, script_hash, template_text
+from understudy.runtime import hardware_facts
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,13 @@ class Document:
     facts: tuple[str, ...]
     chapters: tuple[Chapter, ...]
     kind: str = "good"
+
+
+def run_facts(seed: int, source: str) -> tuple[str, ...]:
+    """Return now, seed, data and machine, to stand below a document's title."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    machine = str(hardware_facts().get("processor", "an unrecorded machine"))
+    return moment(now), f"seed {seed}", source, machine
 
 
 def write_document(document: Document, folder: Path, name: str) -> Path:

@@ -36,6 +36,7 @@ class SearchPlan:
         pruner: one of ``PRUNERS``: which trainings are stopped early, by validation accuracy.
         num_trials: of all processes and sittings together; None: all of a grid.
         seed: draws are a function of it and of the trials so far.
+        recipe: hash of what every trial starts from: another recipe is another search.
     """
 
     space: Space
@@ -44,6 +45,7 @@ class SearchPlan:
     pruner: str = "median"
     num_trials: int | None = None
     seed: int = 0
+    recipe: str = ""
 
     def __post_init__(self) -> None:
         problems = [
@@ -77,6 +79,8 @@ class SearchPlan:
             )
         if problems:
             raise InputError(*(text.strip() for text in problems))
+        if self.sampler == "grid":
+            self.space.grid()  # raises where there is no end of it
 
     @property
     def prunes(self) -> bool:
@@ -90,6 +94,7 @@ class SearchPlan:
             "objectives": list(self.objectives),
             "sampler": self.sampler,
             "seed": self.seed,
+            "recipe": self.recipe,
         }
 
 

@@ -127,9 +127,10 @@ def parse_space(given: Mapping[str, Any] | Sequence[str]) -> Space:
                 ties[path] = tie[1]
             else:
                 parameters[path] = parse_parameter(value)
-        except ValueError as error:
+        except (ValueError, yaml.YAMLError) as error:
+            line = " ".join(str(error).split())
             problems.append(
-                problem(f"`{path}`: {value!r} ({error})", expected=EXAMPLES, mend="Correct it.")
+                problem(f"`{path}`: {value!r} ({line})", expected=EXAMPLES, mend="Correct it.")
             )
     problems += tie_problems(parameters, ties)
     if not parameters and not problems:

@@ -76,7 +76,7 @@ def open_study(storage: str, name: str, plan: SearchPlan) -> optuna.Study:
         raise InputError(
             problem(
                 f"'{name}' in {storage} is another search: {difference(found, plan.to_json())}",
-                expected="the same space, objectives, sampler and seed, to go on",
+                expected="the same recipe, space, objectives, sampler and seed, to go on",
                 mend="Give what was given before, or another --out.",
             )
         )
