@@ -7,8 +7,10 @@ validation split is looked at.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import yaml
 
 from understudy.artifacts import Record, content_hash, write_json, write_text
 from understudy.errors import InputError, problem
+from understudy.evaluate.budget import Budget
 from understudy.progress import log, shown_progress
 from understudy.recipes.chain_proposal import LARGEST_STEP
 from understudy.recipes.design_costs import (
@@ -39,7 +42,7 @@ from understudy.recipes.schema import parse_recipe
 from understudy.recipes.search import with_finished_teachers
 from understudy.recipes.search_space import student_only
 from understudy.recipes.teach import teach_one
-from understudy.search.architectures import FAMILIES, drawn_architectures
+from understudy.search.architectures import FAMILIES, WIDTHS, Architecture, drawn_architectures
 from understudy.search.halving import Rung, Score, halve, pareto, plan_rungs
 
 CANDIDATES_NAME, BEST_NAME, RESULTS_NAME = "candidates.json", "best.yaml", "design.json"
@@ -123,7 +126,7 @@ def design(run: Run, plan: DesignPlan, train_student: TrainStudent) -> Design:
     Raises:
         InputError: nothing that was drawn fits the budget.
     """
-    candidates, num_drawn = fitting_candidates(run, plan)
+    candidates = fitting_candidates(run, plan)
     rungs = plan_rungs(len(candidates), epochs=plan.epochs, factor=plan.factor)
     by_number = {item.number: item for item in candidates}
     values = student_only(with_finished_teachers(run))
@@ -145,7 +148,7 @@ def design(run: Run, plan: DesignPlan, train_student: TrainStudent) -> Design:
         scores=tuple(scores),
         front=front_of(scores, by_number),
         hours={item.number: train_hours(run, item) for item in candidates},
-        num_drawn=num_drawn,
+        num_drawn=candidates[-1].number,
         gap=gap_note(run, best),
         folder=str(run.folder),
     )
@@ -154,47 +157,58 @@ def design(run: Run, plan: DesignPlan, train_student: TrainStudent) -> Design:
     return result
 
 
-def fitting_candidates(run: Run, plan: DesignPlan) -> tuple[list[Candidate], int]:
-    """Return candidates within the budget, and how many were drawn for them.
+def fitting_candidates(run: Run, plan: DesignPlan) -> list[Candidate]:
+    """Return candidates within the budget.
 
-    Times vary from one measurement to the next, so the list is kept: a search that goes on has
-    the candidates that it began with.
+    Times vary from one measurement to the next, so each one that fits is kept on disk: a search
+    that goes on has the candidates that it began with.
     """
     path = run.folder / CANDIDATES_NAME
     key = content_hash(
         [asdict(plan) | {"epochs": None}, run.recipe.section("seed", "data", "budget", "training")]
     )
-    if path.exists():
-        kept = json.loads(path.read_text())
-        if kept["key"] == key:
-            return [Candidate(**values) for values in kept["candidates"]], kept["num_drawn"]
-    found, num_drawn = draw_candidates(run, plan)
-    rows = [item.to_json() for item in found]
-    write_json(path, {"key": key, "num_drawn": num_drawn, "candidates": rows})
-    return found, num_drawn
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"key": None}
+    goes_on = kept["key"] == key
+    found = [Candidate(**values) for values in kept["candidates"]] if goes_on else []
+
+    def keep(*, complete: bool) -> None:
+        rows = [item.to_json() for item in found]
+        write_json(path, {"key": key, "complete": complete, "candidates": rows})
+
+    if not goes_on or not kept["complete"]:
+        for candidate in draw_candidates(run, plan, tuple(found)):
+            found.append(candidate)
+            keep(complete=False)
+        if not found:
+            raise nothing_fits(run, plan)
+        keep(complete=True)
+    if len(found) < plan.num_candidates:
+        log.warning("only %d drawn networks fit the budget", len(found))
+    return found
 
 
-def draw_candidates(run: Run, plan: DesignPlan) -> tuple[list[Candidate], int]:
-    """Draw until enough candidates fit, each another one."""
-    budget, found = run.recipe.budget, []
+def draw_candidates(run: Run, plan: DesignPlan, found: Sequence[Candidate]) -> Iterator[Candidate]:
+    """Draw networks and yield those that fit, until there are enough with those found before.
+
+    A candidate's number is that of its draw, so drawing goes on after the last one.
+    """
+    budget = run.recipe.budget
     if budget.energy_mj is not None:
         log.warning("budget.energy_mj is not measured here; `understudy release` checks it")
     least = plan.fill * (budget.num_params or 0)
-    seen: set[str] = set()
-    smallest: Candidate | None = None
-    most = DRAWS_A_CANDIDATE * plan.num_candidates
-    drawn = drawn_architectures(
-        plan.families, seed=run.recipe.seed, side=min(run.source.image_shape[1:])
-    )
-    number = num_timed = 0
+    seen = {content_hash([item.name, item.arguments]) for item in found}
+    start = found[-1].number if found else 0
+    num_found, num_timed = len(found), 0
+    drawn = itertools.islice(enumerate(architectures(run, plan), start=1), start, None)
     with shown_progress("candidates") as progress:
-        for number, (name, arguments) in zip(range(1, most + 1), drawn, strict=False):
+        for number, (name, arguments) in drawn:
+            done = num_found == plan.num_candidates
+            if done or num_timed == TIMED_A_CANDIDATE * plan.num_candidates:
+                return
             if (key := content_hash([name, arguments])) in seen:
                 continue
             seen.add(key)
             num_params = num_params_of(run, name, arguments)
-            if smallest is None or num_params < smallest.num_params:
-                smallest = counted(run, number, name, arguments)
             if not least <= num_params <= (budget.num_params or num_params):
                 continue
             candidate = counted(run, number, name, arguments)
@@ -203,28 +217,37 @@ def draw_candidates(run: Run, plan: DesignPlan) -> tuple[list[Candidate], int]:
             candidate = timed(run, candidate, run.folder)
             num_timed += 1
             if times_fit(run, candidate):
-                found.append(candidate)
-                progress(len(found), plan.num_candidates, f"{number} drawn")
-            if len(found) == plan.num_candidates:
-                break
-            if num_timed == TIMED_A_CANDIDATE * plan.num_candidates:
-                break
-    if not found:
-        raise nothing_fits(run, number, smallest)
-    if len(found) < plan.num_candidates:
-        log.warning("only %d of %d drawn networks fit the budget", len(found), number)
-    return found, number
+                num_found += 1
+                progress(num_found, plan.num_candidates, f"{number} drawn")
+                yield candidate
 
 
-def nothing_fits(run: Run, num_drawn: int, smallest: Candidate | None) -> InputError:
-    """Return the error of a budget that no candidate keeps."""
+def architectures(run: Run, plan: DesignPlan) -> Iterator[Architecture]:
+    """Return the networks that a search draws, in their order."""
+    drawn = drawn_architectures(
+        plan.families,
+        seed=run.recipe.seed,
+        side=min(run.source.image_shape[1:]),
+        largest=largest_width(run.recipe.budget),
+    )
+    return itertools.islice(drawn, DRAWS_A_CANDIDATE * plan.num_candidates)
+
+
+def largest_width(budget: Budget) -> int:
+    """Return the width above which one convolution between equal widths breaks the budget."""
+    limit = budget.num_params or budget.flash_bytes
+    return WIDTHS[-1] if limit is None else max(WIDTHS[0], math.isqrt(limit))
+
+
+def nothing_fits(run: Run, plan: DesignPlan) -> InputError:
+    """Return the error of a budget that no candidate keeps, with what the smallest one costs."""
     limits = run.recipe.budget.model_dump(mode="json", exclude_none=True)
-    told = "nothing was counted"
-    if smallest is not None:
-        told = f"the smallest has {costs_text(run, timed(run, smallest, run.folder))}"
+    name, arguments = min(architectures(run, plan), key=lambda one: num_params_of(run, *one))
+    smallest = timed(run, counted(run, 0, name, arguments), run.folder)
     return InputError(
         problem(
-            f"none of {num_drawn:,} drawn networks keeps the budget {limits}: {told}",
+            f"none of the drawn networks keeps the budget {limits}: the smallest has "
+            f"{costs_text(run, smallest)}",
             expected="a budget that a network of these families can keep",
             mend="Raise the limits, name other families with --family, or lower --fill.",
         )

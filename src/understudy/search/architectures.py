@@ -19,7 +19,7 @@ WIDTHS = (8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256)
 
 
 def drawn_architectures(
-    families: tuple[str, ...], *, seed: int, side: int
+    families: tuple[str, ...], *, seed: int, side: int, largest: int = WIDTHS[-1]
 ) -> Iterator[Architecture]:
     """Yield architectures without end, families in turn, none twice in a row of draws.
 
@@ -28,12 +28,13 @@ def drawn_architectures(
     Args:
         families: names of ``FAMILIES``.
         side: height or width of the pictures, the smaller one: how often it may be halved.
+        largest: width that no layer exceeds; at least the smallest of ``WIDTHS``.
     """
     number = 0
     while True:
         generator = random.Random(derive_seed(seed, "design", number))
         name = families[number % len(families)]
-        yield name, FAMILIES[name](generator, side)
+        yield name, FAMILIES[name](generator, side, largest)
         number += 1
 
 
@@ -51,10 +52,10 @@ def growing_widths(generator: random.Random, count: int, *, largest: int) -> lis
     return sorted(generator.choices(known, k=count))
 
 
-def separable(generator: random.Random, side: int) -> dict[str, Any]:
+def separable(generator: random.Random, side: int, largest: int) -> dict[str, Any]:
     """Draw a depthwise-separable network."""
     num_stages = generator.randint(3, 6)
-    widths = growing_widths(generator, num_stages, largest=128)
+    widths = growing_widths(generator, num_stages, largest=min(128, largest))
     # The stem looks at every pixel; later stages halve.
     strides = [1, *strides_of(generator, num_stages - 1, side)]
     return {
@@ -65,10 +66,10 @@ def separable(generator: random.Random, side: int) -> dict[str, Any]:
     }
 
 
-def inverted(generator: random.Random, side: int) -> dict[str, Any]:
+def inverted(generator: random.Random, side: int, largest: int) -> dict[str, Any]:
     """Draw an inverted residual network: stages of equal blocks."""
     num_stages = generator.randint(2, 4)
-    stem, *widths = growing_widths(generator, num_stages + 1, largest=96)
+    stem, *widths = growing_widths(generator, num_stages + 1, largest=min(96, largest))
     strides = strides_of(generator, num_stages, side)
     blocks = []
     for width, stride in zip(widths, strides, strict=True):
@@ -84,10 +85,11 @@ def inverted(generator: random.Random, side: int) -> dict[str, Any]:
     }
 
 
-def resnet(generator: random.Random, side: int) -> dict[str, Any]:
+def resnet(generator: random.Random, side: int, largest: int) -> dict[str, Any]:
     """Draw a residual network of basic blocks."""
-    first = generator.choice((4, 6, 8, 12, 16, 24, 32))
     growth = generator.choice((1.5, 2.0))
+    firsts = [first for first in (6, 8, 12, 16, 24, 32) if first * growth**2 <= largest]
+    first = generator.choice([4, *firsts])
     return {
         "depth": generator.choice((8, 14, 20)),
         "widths": [first, round(first * growth), round(first * growth**2)],
@@ -95,16 +97,16 @@ def resnet(generator: random.Random, side: int) -> dict[str, Any]:
     }
 
 
-def paper_student(generator: random.Random, side: int) -> dict[str, Any]:
+def paper_student(generator: random.Random, side: int, largest: int) -> dict[str, Any]:
     """Draw a network of two full convolutions."""
     return {
-        "channels": generator.choice((8, 12, 16, 24, 32, 48, 64)),
+        "channels": generator.choice([w for w in WIDTHS if w <= min(64, largest)]),
         "hidden": generator.choice((16, 30, 64)),
         "dropout": generator.choice((0.0, 0.1, 0.2)),
     }
 
 
-FAMILIES: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
+FAMILIES: dict[str, Callable[[random.Random, int, int], dict[str, Any]]] = {
     "separable": separable,
     "inverted": inverted,
     "resnet": resnet,
