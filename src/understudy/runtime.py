@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -32,6 +33,10 @@ RECORDED_PACKAGES = (
 )
 
 SECONDS_OF_ONE_REQUEST = 1.0
+
+# Parameters of mallopt(3): no block is mapped apart (M_MMAP_MAX), the top of the heap stays
+# (M_TRIM_THRESHOLD) and grows in steps of 64 MiB (M_TOP_PAD).
+_KEEPING = ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -64,6 +69,22 @@ def num_usable_cores() -> int:
 
 
 @cache
+@cache
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory that this process frees, and not return it to the system.
+
+    A training step frees its activations, some megabytes each. glibc gives blocks of that size back
+    at once, and the system clears the pages again on the next step: a third to half of a small
+    network's training time on a CPU. Elsewhere than on glibc nothing is done.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return  # not glibc
+    for parameter, value in _KEEPING:
+        mallopt(parameter, value)
+
+
 def package_versions() -> dict[str, str]:
     """Return name to version of the packages that can change a result."""
     versions = {"python": platform.python_version()}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from understudy.models import fast_norm, native
-from understudy.models.fast_norm import NormSequential, norm_relu
+from understudy.models.fast_layers import FastSequential
+from understudy.models.fast_norm import norm_relu
 from understudy.models.separable import SeparableNet
 
 needs_kernels = pytest.mark.skipif(
@@ -46,7 +47,7 @@ def test_values_gradients_and_running_averages(shape: tuple[int, ...], centre: f
     exact = copy.deepcopy(norm).double()
     features = (channels_last(*shape) + centre).requires_grad_()
     doubled = features.detach().double().requires_grad_()
-    assert fast_norm._suits_kernels(norm, nn.ReLU(), features)
+    assert fast_norm._suits_kernels(features, norm, nn.ReLU())
     for _ in range(2):
         output = norm_relu(norm, nn.ReLU(), features)
         expected = torch.relu(exact(doubled))
@@ -108,21 +109,20 @@ def test_a_network_trains_and_evaluates_as_with_torch(monkeypatch: pytest.Monkey
 def test_hooks_evaluation_and_other_layouts_get_the_plain_modules() -> None:
     features = channels_last(2, 16, 4, 4)
     norm, activation = nn.BatchNorm2d(16), nn.ReLU(inplace=True)
-    assert not fast_norm._suits_kernels(norm, activation, features.contiguous())
-    assert not fast_norm._suits_kernels(norm, nn.ReLU6(), features)
+    assert not fast_norm._suits_kernels(features.contiguous(), norm, activation)
     with torch.no_grad():
-        assert not fast_norm._suits_kernels(norm, activation, features)
+        assert not fast_norm._suits_kernels(features, norm, activation)
     seen: list[Tensor] = []
     handle = norm.register_forward_hook(lambda _, __, output: seen.append(output.clone()))
-    NormSequential(norm, activation)(features)
+    FastSequential(norm, activation)(features)
     assert len(seen) == 1
     assert bool((seen[0] < 0).any())
     handle.remove()
     norm.eval()
-    assert not fast_norm._suits_kernels(norm, activation, features)
+    assert not fast_norm._suits_kernels(features, norm, activation)
 
 
 def test_an_export_holds_the_plain_operators() -> None:
-    norm = NormSequential(nn.BatchNorm2d(16), nn.ReLU())
+    norm = FastSequential(nn.BatchNorm2d(16), nn.ReLU())
     program = torch.export.export(norm, (channels_last(2, 16, 4, 4),))
     assert any("batch_norm" in str(node.target) for node in program.graph.nodes)

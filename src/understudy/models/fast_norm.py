@@ -1,4 +1,4 @@
-"""Batch norm with ReLU in training, in fewer passes over memory by the native kernels.
+"""Batch norm in training, with what comes after it, in fewer passes over memory.
 
 The modules stay plain ``nn.BatchNorm2d`` and ``nn.ReLU``: pruning, quantisation, hooks and exports
 find what they know, and only the call that trains them together is replaced.
@@ -12,27 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from understudy.models.native import address, convolution_kernels
-
-_MIN_CHANNELS = 16  # LANES of kernels_norm.c
-
-
-class NormSequential(nn.Sequential):
-    """``nn.Sequential`` that trains each batch norm with a ReLU after it as ``norm_relu`` does."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        modules = list(self)
-        position = 0
-        while position < len(modules):
-            module = modules[position]
-            after = modules[position + 1] if position + 1 < len(modules) else None
-            if isinstance(module, nn.BatchNorm2d) and isinstance(after, nn.ReLU):
-                features = norm_relu(module, after, features)
-                position += 2
-            else:
-                features = module(features)
-                position += 1
-        return features
+from understudy.models.native import address, convolution_kernels, suits_kernels
 
 
 def norm_relu(norm: nn.Module, activation: nn.Module, features_NCHW: Tensor) -> Tensor:
@@ -47,73 +27,91 @@ def norm_relu(norm: nn.Module, activation: nn.Module, features_NCHW: Tensor) -> 
         activation: after it.
         features_NCHW: of the norm's channels.
     """
-    if not _suits_kernels(norm, activation, features_NCHW):
-        result: Tensor = activation(norm(features_NCHW))
-        return result
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    fused: Tensor = _NormReLU.apply(  # type: ignore[no-untyped-call]
-        features_NCHW, norm.weight, norm.bias, norm
+    if type(activation) is nn.ReLU and _suits_kernels(features_NCHW, norm, activation):
+        return _normalised(norm, features_NCHW, added_NCHW=None, relu=True)
+    result: Tensor = activation(norm(features_NCHW))
+    return result
+
+
+def norm_add(norm: nn.Module, features_NCHW: Tensor, added_NCHW: Tensor | None) -> Tensor:
+    """Return ``norm(features_NCHW) + added_NCHW`` by one kernel, as ``norm_relu`` does.
+
+    Args:
+        norm: over the channels.
+        features_NCHW: of the norm's channels.
+        added_NCHW: the input of a residual block, of the same shape; None for nothing.
+    """
+    like = added_NCHW is None or (
+        type(added_NCHW) is Tensor
+        and added_NCHW.shape == features_NCHW.shape
+        and added_NCHW.dtype == torch.float32
+        and added_NCHW.is_contiguous(memory_format=torch.channels_last)
     )
-    return fused
+    if like and _suits_kernels(features_NCHW, norm):
+        return _normalised(norm, features_NCHW, added_NCHW=added_NCHW, relu=False)
+    result: Tensor = norm(features_NCHW)
+    return result if added_NCHW is None else result + added_NCHW
 
 
-def _suits_kernels(norm: nn.Module, activation: nn.Module, features: Tensor) -> bool:
-    # Tools put modules of their own in these places, and tracers tensors of their own.
-    if type(norm) is not nn.BatchNorm2d or type(activation) is not nn.ReLU:
+def _suits_kernels(features: Tensor, norm: nn.Module, *others: nn.Module) -> bool:
+    # Tools put modules of their own in this place.
+    if type(norm) is not nn.BatchNorm2d or not suits_kernels(features, norm, *others):
         return False
-    if type(features) is not Tensor or not norm.training or not torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch.is_autocast_enabled("cpu") or _is_hooked(norm) or _is_hooked(activation):
-        return False
-    fits = (
+    return (
         norm.affine
         and norm.track_running_stats
         and norm.momentum is not None
-        and features.device.type == "cpu"
-        and features.dtype == norm.weight.dtype == torch.float32
-        and features.dim() == 4
-        and features.shape[1] == norm.num_features >= _MIN_CHANNELS
+        and norm.weight.dtype == torch.float32
+        and features.shape[1] == norm.num_features
         and features.numel() > features.shape[1]
-        and features.is_contiguous(memory_format=torch.channels_last)
-    )
-    return fits and convolution_kernels() is not None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        and convolution_kernels() is not None
     )
 
 
-class _NormReLU(torch.autograd.Function):
+def _normalised(
+    norm: nn.Module, features: Tensor, *, added_NCHW: Tensor | None, relu: bool
+) -> Tensor:
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    result: Tensor = _Norm.apply(  # type: ignore[no-untyped-call]
+        features, norm.weight, norm.bias, added_NCHW, norm, relu
+    )
+    return result
+
+
+class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        added: Tensor | None,
+        norm: nn.BatchNorm2d,
+        relu: bool,
     ) -> Tensor:
         library = convolution_kernels()
         assert library is not None
         num_channels = features.shape[1]
         result = torch.empty_like(features)
         saved = features.new_empty(3, num_channels)
+        parameters = address(weight), address(bias), address(added)
         running = address(norm.running_mean), address(norm.running_var)
-        pointers = address(features), address(weight), address(bias), *running
+        pointers = address(features), *parameters, *running, address(result), address(saved)
         sizes = features.numel() // num_channels, num_channels
-        settings = norm.eps, norm.momentum, 1, torch.get_num_threads()
-        if library.norm_forward(*pointers, address(result), address(saved), *sizes, *settings):
+        settings = norm.eps, norm.momentum, int(relu), torch.get_num_threads()
+        if library.norm_forward(*pointers, *sizes, *settings):
             raise MemoryError("no memory for the batch norm's sums")
         ctx.save_for_backward(features, bias, saved)
+        ctx.relu = relu
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
         library = convolution_kernels()
         assert library is not None
         features, bias, saved = ctx.saved_tensors
@@ -123,7 +121,8 @@ class _NormReLU(torch.autograd.Function):
         inputs = address(features), address(gradient), address(bias), address(saved)
         outputs = address(result), address(both[0]), address(both[1])
         num_channels = features.shape[1]
-        sizes = features.numel() // num_channels, num_channels, 1, torch.get_num_threads()
-        if library.norm_backward(*inputs, *outputs, *sizes):
+        sizes = features.numel() // num_channels, num_channels
+        if library.norm_backward(*inputs, *outputs, *sizes, int(ctx.relu), torch.get_num_threads()):
             raise MemoryError("no memory for the batch norm's sums")
-        return result, both[0], both[1], None
+        added_gradient = gradient if ctx.needs_input_grad[3] else None
+        return result, both[0], both[1], added_gradient, None, None

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from understudy.models.fast_norm import NormSequential
+from understudy.models.fast_gate import gated
+from understudy.models.fast_layers import FastSequential
+from understudy.models.native import convolution_kernels, suits_kernels
 
 
 class SqueezeExcite(nn.Module):
@@ -27,9 +29,14 @@ class SqueezeExcite(nn.Module):
         self.gate = nn.Hardsigmoid()
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
-        gates = self.expand(self.activation(self.reduce(self.pool(features_NCHW))))
-        scaled: Tensor = features_NCHW * self.gate(gates)
-        return scaled
+        if suits_kernels(features_NCHW, self.pool) and convolution_kernels() is not None:
+            return gated(features_NCHW, self.gates, list(self.parameters()))
+        return features_NCHW * self.gates(self.pool(features_NCHW))
+
+    def gates(self, means_NC11: Tensor) -> Tensor:
+        """Return the channels' gates [N, C, 1, 1] of their means."""
+        result: Tensor = self.gate(self.expand(self.activation(self.reduce(means_NC11))))
+        return result
 
 
 class InvertedResidual(nn.Module):
@@ -59,12 +66,12 @@ class InvertedResidual(nn.Module):
         if squeeze:
             layers.append(SqueezeExcite(expanded, max(1, expanded // squeeze)))
         layers += _convolution(expanded, out_channels, 1)[:-1]
-        self.layers = NormSequential(*layers)
+        self.layers = FastSequential(*layers)
         self.adds_input = stride == 1 and in_channels == out_channels
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
-        features: Tensor = self.layers(features_NCHW)
-        return features + features_NCHW if self.adds_input else features
+        features: Tensor = self.layers(features_NCHW, features_NCHW if self.adds_input else None)
+        return features
 
 
 class InvertedResidualNet(nn.Module):
@@ -91,7 +98,7 @@ class InvertedResidualNet(nn.Module):
     ) -> None:
         super().__init__()
         current, stem_stride = stem
-        self.stem = NormSequential(*_convolution(in_channels, current, 3, stride=stem_stride))
+        self.stem = FastSequential(*_convolution(in_channels, current, 3, stride=stem_stride))
         made = []
         for channels, stride, expansion, kernel in blocks:
             made.append(
@@ -106,7 +113,7 @@ class InvertedResidualNet(nn.Module):
             )
             current = channels
         self.blocks = nn.Sequential(*made)
-        self.head = NormSequential(*(_convolution(current, head, 1) if head else []))
+        self.head = FastSequential(*(_convolution(current, head, 1) if head else []))
         self.linear = nn.Linear(head or current, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -6,13 +6,13 @@
  *   quarter of the multiplications of the direct form. The same directly for 1 or 3 channels.
  * - Leaky ReLU with dropout in one pass, its mask computed where it is needed.
  *
- * Sides are multiples of 4 (8 for the direct form), channels of 16. GNU C vectors, no intrinsics.
+ * Sides are multiples of 4 (8 for the direct form), channels of 16.
  */
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 16      /* floats in a vector */
+#include "kernels.h"
+
 #define TILES 16      /* 4x4 output tiles worked on together: their transforms stay in the cache */
 #define POINTS 36     /* 6x6 input points of a tile */
 #define ROWS 8        /* rows of a product kept in registers */
@@ -22,14 +22,7 @@
 #define STEP(c) (TILES * (long)(c) + LANES)
 #define SHARES 8      /* parts of a batch whose weight gradients are added up apart */
 
-typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE floats load(const float *p) { return *(const floats *)p; }
-INLINE void store(float *p, floats v) { *(floats *)p = v; }
 
 /* A layer's leaky ReLU and dropout: which elements are kept, and the factors of those that are. */
 typedef struct { uint32_t key0, key1; int32_t threshold; float high, low; } mask;

@@ -1,4 +1,5 @@
-/* Batch norm with ReLU for channels-last pictures in float32: rows of c channels, c at least 16.
+/* Batch norm, with a ReLU or with a block's input added after it, for channels-last pictures in
+ * float32: rows of c channels, c at least 16.
  *
  * Sums are taken over a fixed number of shares of the rows, whichever thread works on them, so that
  * the bits do not depend on the threads: within a block of rows in float, over blocks in double.
@@ -7,21 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 16
+#include "kernels.h"
+
 #define BLOCK 16  /* rows of a block: few enough for the first-level cache */
 #define SHARES 16
-
-typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int ints __attribute__((vector_size(64), aligned(4), may_alias));
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE floats load(const float *p) { return *(const floats *)p; }
-INLINE void store(float *p, floats v) { *(floats *)p = v; }
-
-/* The first channel of a vector. The last vector overlaps the one before where c is no multiple of
- * 16: what it computes twice is stored twice, never added twice. */
-INLINE long channel(long k, long c) { return k + LANES <= c ? k : c - LANES; }
 
 /* The gradient past the ReLU, of which (x - mean) * slope + bias is the input. */
 INLINE floats past(floats g, floats centred, floats slope, floats bias, int relu) {
@@ -70,10 +60,11 @@ static int sums(const float *x, const float *g, const float *middle, const float
     return 0;
 }
 
-/* y = relu((x - mean) * slope + bias), slope = weight / sqrt(variance + eps); saved: [3][c], the
- * mean, the slope and 1 / sqrt(variance + eps). The running averages move by momentum. */
-int norm_forward(const float *x, const float *weight, const float *bias, float *running_mean,
-                 float *running_variance, float *y, float *saved, long rows, long c, double eps,
+/* y = (x - mean) * slope + bias, slope = weight / sqrt(variance + eps); then its ReLU, or added (the
+ * same shape) to it unless that is null. saved: [3][c], the mean, the slope and
+ * 1 / sqrt(variance + eps). The running averages move by momentum. */
+int norm_forward(const float *x, const float *weight, const float *bias, const float *added,
+                 float *running_mean, float *running_variance, float *y, float *saved, long rows, long c, double eps,
                  double momentum, int relu, int num_threads) {
     float *mean = saved, *slope = saved + c, *inverse = saved + 2 * c;
     double *totals = malloc(sizeof(double) * 2 * c);
@@ -99,6 +90,7 @@ int norm_forward(const float *x, const float *weight, const float *bias, float *
         for (long first = 0; first < c; first += LANES) {
             long k = channel(first, c);
             floats v = (load(x + r * c + k) - load(mean + k)) * load(slope + k) + load(bias + k);
+            if (added) v += load(added + r * c + k);
             store(y + r * c + k, relu ? (floats)((ints)v & ~(v < 0.f)) : v);
         }
     return 0;

@@ -19,14 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from understudy.artifacts import atomic_path
 from understudy.runtime import processor_name
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels_norm.c"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("kernels.c", "kernels_depthwise.c", "kernels_norm.c")
+)
+_HEADER = Path(__file__).with_name("kernels.h")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC")
 _LIBRARIES = ("-lm",)
+_LANES = 16  # LANES of kernels.h
 _LOG = logging.getLogger(__name__)
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
@@ -48,6 +53,7 @@ class MaskArguments(ctypes.Structure):
 _MASK: Any = ctypes.POINTER(MaskArguments)
 _CONVOLVE = [_POINTER] * 4 + [_INT] * 6 + [_MASK]
 _GRADIENT = [_POINTER] * 4 + [_INT] * 6
+_DEPTHWISE = [_POINTER] * 3 + [_LONG] + [_INT] * 2 + [_LONG] + [_INT] * 3
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "convolve": (_INT, _CONVOLVE),
     "convolve_added": (_INT, [_POINTER] * 5 + [_INT] * 7),
@@ -55,8 +61,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "weight_gradient": (_INT, _GRADIENT),
     "weight_gradient_few": (_INT, _GRADIENT),
     "leaky_dropout": (None, [_POINTER] * 3 + [_LONG, _INT, _MASK]),
-    "norm_forward": (_INT, [_POINTER] * 7 + [_LONG] * 2 + [_DOUBLE] * 2 + [_INT] * 2),
+    "norm_forward": (_INT, [_POINTER] * 8 + [_LONG] * 2 + [_DOUBLE] * 2 + [_INT] * 2),
     "norm_backward": (_INT, [_POINTER] * 7 + [_LONG] * 2 + [_INT] * 2),
+    "depthwise": (None, _DEPTHWISE),
+    "depthwise_back": (None, _DEPTHWISE),
+    "depthwise_weights": (_INT, _DEPTHWISE),
+    "place_sums": (None, [_POINTER] * 3 + [_LONG] * 3 + [_INT]),
+    "place_scale": (None, [_POINTER] * 4 + [_LONG] * 3 + [_INT]),
     "leaky_dropout_pooled": (None, [_POINTER] * 3 + [_LONG] * 3 + [_INT, _MASK]),
 }
 
@@ -88,6 +99,40 @@ def convolution_kernels() -> ctypes.CDLL | None:
     return kernels() if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
 
 
+def suits_kernels(features: Tensor, *modules: nn.Module) -> bool:
+    """Return whether kernels may stand in for these modules on these features.
+
+    That is in training, for float32 channels-last pictures of at least 16 channels on a CPU, while
+    nothing hooks the modules, traces the graph or casts the types.
+    """
+    # Tracers bring tensors of their own.
+    if type(features) is not Tensor or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if any(not module.training or _is_hooked(module) for module in modules):
+        return False
+    return (
+        features.device.type == "cpu"
+        and features.dtype == torch.float32
+        and features.dim() == 4
+        and features.shape[1] >= _LANES
+        and features.numel() > 0
+        and features.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def address(tensor: Tensor | None) -> int | None:
     """Return a tensor's address for a kernel; a null pointer for None."""
     return None if tensor is None else tensor.data_ptr()
@@ -99,7 +144,7 @@ def _compiled() -> Path:
     if shutil.which(command[0]) is None:
         raise OSError(f"there is no C compiler '{command[0]}'")
     key = hashlib.sha256()
-    for source in _SOURCES:
+    for source in (_HEADER, *_SOURCES):
         key.update(source.read_bytes() + b"\0")
     for part in (*command, *_FLAGS, processor_name(), torch.__version__):
         key.update(part.encode() + b"\0")

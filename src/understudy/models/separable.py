@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from understudy.models.fast_norm import NormSequential, norm_relu
+from understudy.models.fast_depthwise import depthwise
+from understudy.models.fast_layers import FastSequential
+from understudy.models.fast_norm import norm_relu
 
 CHANNEL_MULTIPLE = 8
 
@@ -40,7 +42,8 @@ class SeparableBlock(nn.Module):
         self.residual = residual and stride == 1 and in_channels == out_channels
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
-        features = norm_relu(self.depthwise_norm, self.activation, self.depthwise(features_NCHW))
+        features = depthwise(self.depthwise, features_NCHW)
+        features = norm_relu(self.depthwise_norm, self.activation, features)
         features = norm_relu(self.pointwise_norm, self.activation, self.pointwise(features))
         return features + features_NCHW if self.residual else features
 
@@ -73,7 +76,7 @@ class SeparableNet(nn.Module):
         super().__init__()
         (stem_channels, stem_stride), *later_stages = stages
         current = scale_channels(stem_channels, width)
-        self.stem = NormSequential(
+        self.stem = FastSequential(
             nn.Conv2d(in_channels, current, 3, stem_stride, padding=1, bias=False),
             nn.BatchNorm2d(current),
             nn.ReLU(inplace=True),

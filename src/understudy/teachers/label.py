@@ -15,6 +15,7 @@ from understudy.data.batches import iter_view_batches
 from understudy.data.images import ImageSource
 from understudy.data.views import Views
 from understudy.errors import ModelError, problem
+from understudy.runtime import keep_freed_memory
 from understudy.teachers.outputs import Infer, TeacherOutputs, answered
 from understudy.teachers.store import LOGITS, Entry, StoreKey, entries_by_view
 
@@ -94,6 +95,7 @@ def label_views(
         StoreError: an entry is for other samples or missing in a view, an output cannot be stored,
             the disk is full.
     """
+    keep_freed_memory()
     started = time.perf_counter()
     groups = [list(outputs.values()) for outputs in entries_by_view(entries, indices_N).values()]
     num_repaired = sum(_repair(entry) for entry in entries)

@@ -23,7 +23,7 @@ from understudy.data.batches import Batch
 from understudy.errors import TrainingError, problem
 from understudy.models.dropout import set_dropout_step
 from understudy.progress import log
-from understudy.runtime import derive_seed
+from understudy.runtime import derive_seed, keep_freed_memory
 from understudy.teachers.outputs import TeacherOutputs
 from understudy.train.checkpoint import (
     clone_state,
@@ -48,6 +48,7 @@ class Training:
     """One training in progress: network, optimiser, averaged copy, and the position in it."""
 
     def __init__(self, network: nn.Module, plan: TrainPlan, fabric: Fabric) -> None:
+        keep_freed_memory()
         settings = plan.settings
         self.plan, self.fabric, self.at = plan, fabric, Position()
         self.num_steps = settings.num_epochs * plan.feed.num_batches

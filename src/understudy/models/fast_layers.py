@@ -1,0 +1,32 @@
+"""A sequence of layers that trains by the native kernels what they take."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from understudy.models.fast_depthwise import depthwise, is_depthwise
+from understudy.models.fast_norm import norm_add, norm_relu
+
+
+class FastSequential(nn.Sequential):
+    """``nn.Sequential`` with ``depthwise``, ``norm_relu`` and ``norm_add`` for its layers."""
+
+    def forward(self, features: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return the last layer's output, plus ``added`` (of its shape) where that is given."""
+        modules = list(self)
+        position = 0
+        while position < len(modules):
+            module = modules[position]
+            after = modules[position + 1] if position + 1 < len(modules) else None
+            position += 1
+            if isinstance(module, nn.BatchNorm2d) and isinstance(after, nn.ReLU):
+                features = norm_relu(module, after, features)
+                position += 1
+            elif isinstance(module, nn.BatchNorm2d):
+                features = norm_add(module, features, added if after is None else None)
+                added = None if after is None else added
+            elif is_depthwise(module):
+                features = depthwise(module, features)
+            else:
+                features = module(features)
+        return features if added is None else features + added
