@@ -137,6 +137,29 @@ def test_an_inverted_block_that_keeps_its_shape_adds_its_input() -> None:
     torch.testing.assert_close(block(images), block.layers(images) + images)
 
 
+def test_the_passes_of_a_block_share_its_convolutions_and_have_norms_of_their_own() -> None:
+    blocks = ((16, 1, 1, 3), (16, 1, 1, 3, 3))
+    network = InvertedResidualNet(num_classes=5, stem=(16, 1), blocks=blocks, squeeze=4)
+    once = InvertedResidualNet(num_classes=5, stem=(16, 1), blocks=((16, 1, 1, 3),) * 2, squeeze=4)
+    assert num_params(network) == num_params(once) + 2 * (32 + 32)
+    block = network.blocks[1].eval()
+    for norm in block.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.uniform_(-1, 1)
+    images = torch.randn(2, 16, 4, 4)
+    depthwise, first, relu, squeeze, pointwise, second = block.layers
+    expected = images
+    for before, after in ((first, second), *block.again):
+        filtered = squeeze(relu(before(depthwise(expected))))
+        expected = after(pointwise(filtered)) + expected
+    torch.testing.assert_close(block(images), expected)
+
+
+def test_a_block_that_changes_the_shape_has_one_pass() -> None:
+    with pytest.raises(ModelError, match="stride 2 has 2 passes; expected passes in blocks that"):
+        InvertedResidualNet(num_classes=5, stem=(8, 1), blocks=((16, 2, 1, 3, 2),))
+
+
 @pytest.mark.parametrize(("width", "expected"), [(1.0, 12), (0.1, 8), (1.5, 16), (2.0, 24)])
 def test_scaled_channels_are_multiples_of_8(width: float, expected: int) -> None:
     assert scale_channels(12, width) == expected

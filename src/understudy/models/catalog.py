@@ -52,8 +52,8 @@ _KIND_TEXT: dict[str, str] = {
     "stages": "a list of pairs [channels, stride], each a whole number of at least {minimum}",
     "shortcut": "pad or conv",
     "stem": "a pair [channels, stride] of whole numbers of at least {minimum}",
-    "blocks": "a list of [channels, stride, expansion, kernel], each a whole number of at least "
-    "{minimum}, the kernel odd",
+    "blocks": "a list of [channels, stride, expansion, kernel] or [channels, stride, expansion, "
+    "kernel, passes], each a whole number of at least {minimum}, the kernel odd",
 }
 
 _RESNET_WIDTHS = Argument("widths", (16, 32, 64), "channels of the three stages")
@@ -105,7 +105,8 @@ CATALOG: dict[str, dict[str, Argument]] = {
         "blocks": Argument(
             "blocks",
             ((16, 1, 1, 3), (24, 2, 2, 3), (32, 2, 2, 3)),
-            "channels, stride, expansion and depthwise kernel of each block",
+            "channels, stride, expansion and depthwise kernel of each block, and how often it is "
+            "run with the same weights",
         ),
         "squeeze": Argument(
             "int", 0, "reduction of squeeze-and-excitation; 0: without it", minimum=0
@@ -173,7 +174,7 @@ def _fits(value: Any, argument: Argument) -> bool:
         case "blocks":
             is_list = isinstance(value, list | tuple) and len(value) > 0
             return is_list and all(
-                _is_ints(item, 1) and len(item) == 4 and item[3] % 2 == 1 for item in value
+                _is_ints(item, 1) and len(item) in (4, 5) and item[3] % 2 == 1 for item in value
             )
         case "stages":
             is_list = isinstance(value, list | tuple) and len(value) > 0

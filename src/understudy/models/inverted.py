@@ -1,9 +1,11 @@
 """Inverted residual networks (Sandler et al. 2018, "MobileNetV2"), scaled to a few kilobytes.
 
 A 3x3 stem, then blocks [1x1 expansion, depthwise k x k, squeeze-and-excitation, 1x1 projection],
-each convolution with batch norm and all but the projection with ReLU; a block that keeps its shape
-adds its input. An expansion of 1 leaves the first convolution out. Squeeze-and-excitation is that
-of Hu et al. 2018 with the hard sigmoid of MobileNetV3 (Howard et al. 2019), which quantises well.
+each convolution with batch norm and all but the projection with ReLU. An expansion of 1 leaves the
+first convolution out. A block that keeps its shape adds its input, and can run several times with
+the same convolutions: weights shared over depth, as in Dehghani et al. 2019 ("Universal
+Transformers"). Squeeze-and-excitation is that of Hu et al. 2018, its hard sigmoid of MobileNetV3
+(Howard et al. 2019), which quantises well.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from understudy.errors import ModelError, problem
 from understudy.models.fast_gate import gated
-from understudy.models.fast_layers import FastSequential
+from understudy.models.fast_layers import FastSequential, run_layers
 from understudy.models.native import convolution_kernels, suits_kernels
 
 
@@ -45,6 +48,8 @@ class InvertedResidual(nn.Module):
     Args:
         squeeze: the hidden channels of squeeze-and-excitation are the expanded ones over this; 0
             leaves it out.
+        passes: how often the block is run, each time on its last output, with the same convolutions
+            and batch norms of its own; more than once only a block that keeps its shape.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class InvertedResidual(nn.Module):
         expansion: int,
         kernel: int,
         squeeze: int,
+        passes: int = 1,
     ) -> None:
         super().__init__()
         expanded = in_channels * expansion
@@ -68,9 +74,31 @@ class InvertedResidual(nn.Module):
         layers += _convolution(expanded, out_channels, 1)[:-1]
         self.layers = FastSequential(*layers)
         self.adds_input = stride == 1 and in_channels == out_channels
+        if passes > 1 and not self.adds_input:
+            raise ModelError(
+                problem(
+                    f"a block of {in_channels} to {out_channels} channels with stride {stride} has "
+                    f"{passes} passes",
+                    expected="passes in blocks that keep the shape: stride 1 and the channels of "
+                    "the block before",
+                    mend="Put a block with 1 pass before it, which changes the shape.",
+                )
+            )
+        norms = [layer for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+        # The norms of each pass after the first.
+        self.again = nn.ModuleList(
+            nn.Sequential(*(nn.BatchNorm2d(norm.num_features) for norm in norms))
+            for _ in range(passes - 1)
+        )
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
         features: Tensor = self.layers(features_NCHW, features_NCHW if self.adds_input else None)
+        for norms in self.again:
+            left = norms.children()
+            layers = [
+                next(left) if isinstance(layer, nn.BatchNorm2d) else layer for layer in self.layers
+            ]
+            features = run_layers(layers, features, features)
         return features
 
 
@@ -81,7 +109,7 @@ class InvertedResidualNet(nn.Module):
         num_classes: K of the logits.
         in_channels: 3 for colour, 1 for gray.
         stem: channels and stride of the 3x3 convolution at the start.
-        blocks: (channels, stride, expansion, kernel) of each block.
+        blocks: (channels, stride, expansion, kernel) of each block, and its passes unless 1.
         squeeze: reduction of squeeze-and-excitation in every block; 0 leaves it out.
         head: channels of a 1x1 convolution before the pooling; 0 leaves it out.
     """
@@ -100,7 +128,7 @@ class InvertedResidualNet(nn.Module):
         current, stem_stride = stem
         self.stem = FastSequential(*_convolution(in_channels, current, 3, stride=stem_stride))
         made = []
-        for channels, stride, expansion, kernel in blocks:
+        for channels, stride, expansion, kernel, *passes in blocks:
             made.append(
                 InvertedResidual(
                     current,
@@ -109,6 +137,7 @@ class InvertedResidualNet(nn.Module):
                     expansion=expansion,
                     kernel=kernel,
                     squeeze=squeeze,
+                    passes=passes[0] if passes else 1,
                 )
             )
             current = channels
