@@ -13,21 +13,24 @@ that are padded, cropped, flipped and normalised at random, in float32:
     teacher6    the paper's Teacher 6 (57,876 parameters), on labels
     separable   a depthwise-separable network of 11,506 parameters, on labels
 
-Repeats alternate between the two ways, so that a busy machine slows both. Printed as JSON:
-milliseconds a step of wall and of processor time (median, quartiles, n), the share of the input
-pipeline, the ratio of the medians, the ratios of neighbouring repeats, hardware and versions; and
-the floor: three times the multiply-adds of a forward pass, two operations each, at the rate of a
-large matrix product measured in the same process.
+Each way has a process of its own, as a user would run it, and repeats alternate between the two,
+so that a busy machine slows both. Printed as JSON: milliseconds a step of wall and of processor time
+(median, quartiles, n), the share of the input pipeline, the ratio of the medians, the ratios of
+neighbouring repeats, hardware and versions; and the floor: three times the multiply-adds of a
+forward pass, two operations each, at the rate of a large matrix product measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +45,7 @@ from understudy.models.dropout import set_dropout_step
 from understudy.models.native import kernels
 from understudy.models.paper import PaperStudent, PaperTeacher
 from understudy.models.separable import SeparableNet
-from understudy.runtime import hardware_facts, package_versions
+from understudy.runtime import hardware_facts, keep_freed_memory, package_versions
 
 BATCH_SIZE = 100
 NUM_IMAGES = 5000
@@ -194,6 +197,12 @@ def understudy_steps(case: Case, images_NCHW: Tensor, labels_N: Tensor) -> Itera
         epoch += 1
 
 
+WAYS: dict[str, Callable[[Case, Tensor, Tensor], Iterator[float]]] = {
+    "plain": plain_steps,
+    "understudy": understudy_steps,
+}
+
+
 def summary(values: list[float]) -> dict[str, float]:
     lower, middle, upper = statistics.quantiles(values, n=4)
     return {
@@ -223,27 +232,41 @@ def floor_ms(case: Case, rate: float) -> float:
     return 1000 * 3 * 2 * macs * BATCH_SIZE / rate
 
 
-def measure(name: str, num_repeats: int, num_steps: int, rate: float) -> dict[str, object]:
-    case = CASES[name]
+def serve(way: str, name: str, num_threads: int, requests: Connection) -> None:
+    """In a process of its own: train as asked; answer with seconds, processor's and input's."""
+    torch.set_num_threads(num_threads)
+    if way == "understudy":
+        keep_freed_memory()  # as every training of this package does
+    torch.manual_seed(0)
     images_NCHW = torch.randint(256, (NUM_IMAGES, 3, 32, 32), dtype=torch.uint8)
     labels_N = torch.randint(10, (NUM_IMAGES,))
-    ways = {"plain": plain_steps, "understudy": understudy_steps}
-    running = {way: loop(case, images_NCHW, labels_N) for way, loop in ways.items()}
-    step_ms: dict[str, list[float]] = {way: [] for way in ways}
-    processor_ms: dict[str, list[float]] = {way: [] for way in ways}
-    input_shares: dict[str, list[float]] = {way: [] for way in ways}
-    for repeat in range(num_repeats + 2):
-        for way, steps in running.items():
-            started, processor_started = time.perf_counter(), time.process_time()
-            input_seconds = sum(next(steps) for _ in range(num_steps))
-            seconds = time.perf_counter() - started
-            processor_seconds = time.process_time() - processor_started
-            if repeat >= 2:  # the first two warm up
-                step_ms[way].append(1000 * seconds / num_steps)
-                processor_ms[way].append(1000 * processor_seconds / num_steps)
-                input_shares[way].append(input_seconds / seconds)
+    steps = WAYS[way](CASES[name], images_NCHW, labels_N)
+    while num_steps := requests.recv():
+        started, processor_started = time.perf_counter(), time.process_time()
+        input_seconds = sum(next(steps) for _ in range(num_steps))
+        seconds, processor_seconds = (
+            time.perf_counter() - started,
+            time.process_time() - processor_started,
+        )
+        requests.send((seconds, processor_seconds, input_seconds))
+
+
+def measure(name: str, num_repeats: int, num_steps: int, rate: float) -> dict[str, object]:
+    step_ms: dict[str, list[float]] = {way: [] for way in WAYS}
+    processor_ms: dict[str, list[float]] = {way: [] for way in WAYS}
+    input_shares: dict[str, list[float]] = {way: [] for way in WAYS}
+    with contextlib.ExitStack() as stack:
+        workers = {way: stack.enter_context(worker(way, name)) for way in WAYS}
+        for repeat in range(num_repeats + 2):
+            for way, requests in workers.items():
+                requests.send(num_steps)
+                seconds, processor_seconds, input_seconds = requests.recv()
+                if repeat >= 2:  # the first two warm up
+                    step_ms[way].append(1000 * seconds / num_steps)
+                    processor_ms[way].append(1000 * processor_seconds / num_steps)
+                    input_shares[way].append(input_seconds / seconds)
     pairs = zip(step_ms["plain"], step_ms["understudy"], strict=True)
-    ours, floor = statistics.median(step_ms["understudy"]), floor_ms(case, rate)
+    ours, floor = statistics.median(step_ms["understudy"]), floor_ms(CASES[name], rate)
     return {
         "step_ms": {way: summary(values) for way, values in step_ms.items()},
         "processor_ms": {way: summary(values) for way, values in processor_ms.items()},
@@ -253,6 +276,23 @@ def measure(name: str, num_repeats: int, num_steps: int, rate: float) -> dict[st
         "floor_ms": round(floor, 2),
         "times_the_floor": round(ours / floor, 2),
     }
+
+
+@contextlib.contextmanager
+def worker(way: str, name: str) -> Iterator[Connection]:
+    """Start a process that serves; end it with the context."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=serve, args=(way, name, torch.get_num_threads(), theirs), daemon=True
+    )
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.send(0)
+        process.join()
 
 
 def main() -> None:
