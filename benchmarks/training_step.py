@@ -13,8 +13,8 @@ that are padded, cropped, flipped and normalised at random, in float32:
     teacher6    the paper's Teacher 6 (57,876 parameters), on labels
     separable   a depthwise-separable network of 11,506 parameters, on labels
 
-Each way has a process of its own, as a user would run it, and repeats alternate between the two,
-so that a busy machine slows both. Printed as JSON: milliseconds a step of wall and of processor time
+Each way has a process of its own, as a user would run it, and repeats alternate between them, so
+that a busy machine slows both. Printed as JSON: milliseconds a step of wall and of processor time
 (median, quartiles, n), the share of the input pipeline, the ratio of the medians, the ratios of
 neighbouring repeats, hardware and versions; and the floor: three times the multiply-adds of a
 forward pass, two operations each, at the rate of a large matrix product measured in the same run.
