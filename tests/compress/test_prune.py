@@ -82,6 +82,13 @@ STREAMS = {
         "blocks.0.pointwise": "blocks.0.pointwise blocks.0.pointwise_norm blocks.1.depthwise "
         "blocks.1.depthwise_norm blocks.1.pointwise blocks.1.pointwise_norm",
     },
+    "passes": {
+        "stem.0": "stem.0 stem.1 blocks.0.layers.0 blocks.0.layers.1 blocks.0.layers.3 "
+        "blocks.0.layers.4 blocks.0.again.0.0 blocks.0.again.0.1",
+        "blocks.1.layers.0": "blocks.1.layers.0 blocks.1.layers.1 blocks.1.layers.3 "
+        "blocks.1.layers.4",
+        "blocks.1.layers.6": "blocks.1.layers.6 blocks.1.layers.7",
+    },
     "padded": {f"layer{i}.0.conv1": f"layer{i}.0.conv1 layer{i}.0.bn1" for i in (1, 2, 3)},
     "projected": {
         "conv1": "conv1 bn1 layer1.0.conv2 layer1.0.bn2",
@@ -102,6 +109,7 @@ STREAMS = {
 }
 NETWORKS = {
     "separable": ("separable", {"stages": [[8, 1], [16, 2]], "depth": 2, "residual": True}),
+    "passes": ("inverted", {"stem": [8, 1], "blocks": [[8, 1, 1, 3, 2], [12, 2, 2, 3]]}),
     "padded": ("resnet8", {"widths": [4, 8, 8]}),
     "projected": ("resnet8", {"widths": [4, 8, 8], "shortcut": "conv"}),
     "paper_student": ("paper_student", {"channels": 8, "hidden": 6}),

@@ -12,6 +12,7 @@ patterns, which takes a hundred times as long as the conversion itself, and it s
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -147,6 +148,9 @@ def _value(graph: GraphModule, node: Any) -> Any:
 
 
 def _constant(graph: GraphModule, name: str, value: Tensor, *, before: Node) -> Node:
+    # A convolution that runs several times becomes several, each with its own norm in it.
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    name = next(free for free in itertools.chain([name], numbered) if not hasattr(graph, free))
     graph.register_buffer(name, value.detach().clone())
     with graph.graph.inserting_before(before):
         node = graph.graph.get_attr(name)
