@@ -210,6 +210,7 @@ def test_the_command_line_is_what_it_was():
             "--layers",
             "--only",
             "--out",
+            "--rates",
             "--seed",
             "--teacher",
             "--threads",

@@ -35,6 +35,10 @@ def paper(
     layers: Annotated[
         list[int] | None, typer.Option("--layers", help="Of the teachers of Table 6: 4, 6, 8.")
     ] = None,
+    rates: Annotated[
+        list[float] | None,
+        typer.Option("--rates", help="Of the item dropout. Default: 0 0.1 0.2 0.3 0.5."),
+    ] = None,
     dropout: Annotated[float, typer.Option("--dropout", help="The paper states none.")] = 0.2,
     teacher: Annotated[
         str | None,
@@ -58,7 +62,7 @@ def paper(
         )
     section = teacher_section(teacher, vit)
     from understudy.lab.paper import ITEMS, Lab, run_items
-    from understudy.lab.paper_recipes import TEACHER_LAYERS, Setting
+    from understudy.lab.paper_recipes import DROPOUT_RATES, TEACHER_LAYERS, Setting
     from understudy.lab.paper_views import paper_document
     from understudy.report.document import document_markdown, write_document
 
@@ -69,6 +73,7 @@ def paper(
         teacher=section,
         grid_epochs=grid_epochs or epochs,
         layers=tuple(layers or TEACHER_LAYERS),
+        rates=tuple(rates or DROPOUT_RATES),
     )
     names = only or [name for name in ITEMS if name != "pretrained" or section is not None]
     document = paper_document(run_items(asked, names))

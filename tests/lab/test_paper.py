@@ -180,6 +180,7 @@ def test_the_command_keeps_what_it_has_done(warm, tmp_path):
         (("--epochs", "0"), "at least 1 epoch"),
         (("--dropout", "1"), "below 1"),
         (("--layers", "5"), "some of 4, 6, 8"),
+        (("--rates", "1.5"), "dropout rates 1.5; expected rates from 0 to below 1"),
         (("--teacher", "resnet56"), "expected NAME=FILE"),
         (("--only", "pretrained", "--data", "digits"), "without a teacher"),
         (("--only", "operators", "--data", "no/such/folder"), "no/such/folder"),

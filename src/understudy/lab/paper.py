@@ -54,6 +54,7 @@ class Lab:
         teacher: the pretrained teacher as a recipe's ``teacher``; None: that item is not run.
         grid_epochs: of each training of the grids over alpha and temperature, and over dropout.
         layers: of the teachers of Table 6.
+        rates: of dropout, to find which one is the paper's.
     """
 
     setting: Setting
@@ -61,6 +62,7 @@ class Lab:
     teacher: dict[str, Any] | None = None
     grid_epochs: int = 100
     layers: tuple[int, ...] = TEACHER_LAYERS
+    rates: tuple[float, ...] = DROPOUT_RATES
 
     def __post_init__(self) -> None:
         if not self.layers or not set(self.layers) <= set(TEACHER_LAYERS):
@@ -69,6 +71,14 @@ class Lab:
                     f"teachers of {', '.join(map(str, self.layers))} layers",
                     expected=f"some of {', '.join(map(str, TEACHER_LAYERS))}",
                     mend="Correct --layers.",
+                )
+            )
+        if not self.rates or not all(0 <= rate < 1 for rate in self.rates):
+            raise InputError(
+                problem(
+                    f"dropout rates {', '.join(f'{rate:g}' for rate in self.rates)}",
+                    expected="rates from 0 to below 1",
+                    mend="Correct --rates.",
                 )
             )
 
@@ -192,7 +202,7 @@ def inference_seconds(recipe: Mapping[str, Any], folder: Path, role: str, record
 def dropout(lab: Lab) -> dict[str, Any]:
     """The student alone with each of some dropout rates: the paper does not state its own."""
     curves = {}
-    for rate in DROPOUT_RATES:
+    for rate in lab.rates:
         recipe = alone(lab.grid_setting, dropout=rate)
         # The student of Table 6 is one of these, and perhaps trained longer already.
         folder = lab.run_folder("alone", rate)
@@ -347,7 +357,9 @@ def asked_of(lab: Lab, name: str) -> dict[str, Any]:
     """Return what an item depends on besides the setting."""
     if name == "pretrained":
         return {"teacher": lab.teacher}
-    if name in ("alpha", "temperature", "dropout"):
+    if name == "dropout":
+        return {"grid_epochs": lab.grid_epochs, "rates": list(lab.rates)}
+    if name in ("alpha", "temperature"):
         return {"grid_epochs": lab.grid_epochs}
     return {"layers": list(lab.layers)} if name == "accuracy" else {}
 
