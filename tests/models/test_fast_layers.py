@@ -96,6 +96,18 @@ def test_frozen_gates_pass_the_gradient_on() -> None:
 
 
 @needs_kernels
+def test_a_kept_graph_gives_its_gradients_again() -> None:
+    torch.manual_seed(0)
+    model = InvertedResidualNet(num_classes=4, blocks=((16, 1, 1, 3),), squeeze=4).to(
+        memory_format=torch.channels_last
+    )
+    loss = model(channels_last(2, 3, 8, 8)).square().sum()
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    again = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@needs_kernels
 def test_batch_norm_with_the_input_added() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(24)

@@ -53,8 +53,10 @@ class _Gated(torch.autograd.Function):
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
         of_gates = _sums(gradient, features)[:, :, None, None]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        of_means, *of_trained = torch.autograd.grad(gates, [means, *trained], of_gates)
-        del ctx.graph
+        # Kept: a caller that keeps the outer graph may come again.
+        of_means, *of_trained = torch.autograd.grad(
+            gates, [means, *trained], of_gates, retain_graph=True
+        )
         found = iter(of_trained)
         of_parameters = [next(found) if each.requires_grad else None for each in parameters]
         offset = of_means / (features.shape[2] * features.shape[3])
