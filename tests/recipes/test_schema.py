@@ -3,6 +3,7 @@
 import pytest
 
 from understudy.errors import RecipeError
+from understudy.models.build import build_network
 from understudy.recipes.files import apply_change, copy_recipe, load_recipe, shipped_recipes
 from understudy.recipes.schema import parse_recipe
 
@@ -116,6 +117,20 @@ def test_every_shipped_recipe_is_valid(name):
     if "name: ensemble\n" in shipped_recipes()[name] and len(given) == 2:
         given.append("strategy.teachers.0.checkpoint=second.pt")
     assert load_recipe(name, given).student.model.name
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if "cifar10" in name])
+def test_a_student_for_cifar10_is_within_its_own_limit(name):
+    changes = ["data.source=folder", "teacher.checkpoint=teacher.pt"]
+    if "name: ensemble\n" in shipped_recipes()[name]:
+        changes.append("strategy.teachers.0.checkpoint=second.pt")
+    recipe = load_recipe(name, changes)
+    model, limit = recipe.student.model, recipe.budget.num_params
+    network = build_network(
+        model.name, num_classes=10, image_shape=(3, 32, 32), arguments=model.arguments
+    )
+    assert limit is not None
+    assert sum(parameter.numel() for parameter in network.parameters()) <= limit
 
 
 def test_recipes_for_the_edge_name_what_they_ship():

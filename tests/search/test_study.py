@@ -1,5 +1,6 @@
 """Trials: their order, what a killed process leaves, pruning, fronts and importances."""
 
+import contextlib
 import multiprocessing
 import os
 import time
@@ -122,6 +123,41 @@ def test_a_dead_process_leaves_its_trial_to_the_next_one(tmp_path):
     assert [row.state for row in results.trials] == ["complete"] * 3
     whole = searched(SearchPlan(SPACE, num_trials=3), tmp_path / "whole", height)
     assert [row.settings for row in whole.trials] == [row.settings for row in results.trials]
+
+
+def end_in_second_trial(folder, how):
+    def objective(attempt):
+        attempt.report(1, 0.5)
+        if attempt.number == 1 and how == "dies":
+            os._exit(9)
+        if attempt.number == 1:
+            raise KeyboardInterrupt
+        return height(attempt)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        searched(SearchPlan(SPACE, num_trials=3), folder, objective)
+
+
+def sittings(folder, how, count):
+    for _ in range(count):
+        process = multiprocessing.get_context("fork").Process(
+            target=end_in_second_trial, args=(folder, how)
+        )
+        process.start()
+        process.join()
+
+
+def test_a_trial_that_always_kills_its_process_fails(tmp_path):
+    sittings(tmp_path, "dies", 3)
+    results = searched(SearchPlan(SPACE, num_trials=3), tmp_path, height)
+    assert [row.state for row in results.trials] == ["complete", "failed", "complete"]
+    assert "died 3 times after epoch 1; perhaps it needs more memory" in results.trials[1].reason
+
+
+def test_a_trial_that_is_stopped_on_purpose_goes_on_however_often(tmp_path):
+    sittings(tmp_path, "stops", 4)
+    results = searched(SearchPlan(SPACE, num_trials=3), tmp_path, height)
+    assert [row.state for row in results.trials] == ["complete"] * 3
 
 
 def test_a_trial_that_was_drawn_and_nothing_more_is_not_lost(tmp_path, monkeypatch):

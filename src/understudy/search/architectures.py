@@ -67,7 +67,7 @@ def separable(generator: random.Random, side: int, largest: int) -> dict[str, An
 
 
 def inverted(generator: random.Random, side: int, largest: int) -> dict[str, Any]:
-    """Draw an inverted residual network: stages of equal blocks."""
+    """Draw an inverted residual network: stages of equal blocks, some run more than once."""
     num_stages = generator.randint(2, 4)
     stem, *widths = growing_widths(generator, num_stages + 1, largest=min(96, largest))
     strides = strides_of(generator, num_stages, side)
@@ -76,7 +76,9 @@ def inverted(generator: random.Random, side: int, largest: int) -> dict[str, Any
         expansion = generator.choice((1, 1, 2, 3))
         kernel = generator.choice((3, 3, 5))
         depth = generator.randint(1, 4)
-        blocks += [[width, s, expansion, kernel] for s in [stride] + [1] * (depth - 1)]
+        passes = generator.choice((1, 1, 2, 3))
+        blocks.append([width, stride, expansion, kernel])
+        blocks += [[width, 1, expansion, kernel, passes] for _ in range(depth - 1)]
     return {
         "stem": [stem, 1],
         "blocks": blocks,

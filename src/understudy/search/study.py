@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     import optuna
 
 PLAN_KEY, FOLDER_KEY, REASON_KEY, MEASURES_KEY = "plan", "folder", "reason", "measures"
+# Of a trial: the last epoch reported, whether it was asked to stop, and how often it died where.
+EPOCH_KEY, STOPPED_KEY, DEATHS_KEY = "epoch", "stopped", "deaths"
+MAX_DEATHS = 3
 TRIALS_NAME = "trials"
 # A living process needs a moment from drawing a trial to naming its folder, also far away.
 NAMELESS_AFTER = timedelta(seconds=10)
@@ -161,13 +164,15 @@ def take(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Tr
             # Its process may have finished it after the list was made, and then let go of it.
             if study.get_trials(deepcopy=False)[frozen.number].state != states.RUNNING:
                 lock.close()
-            else:
+                continue
+            # Values that were not drawn yet are drawn as they would have been.
+            study.sampler = make_sampler(plan, frozen.number)
+            trial = optuna.trial.Trial(study, frozen._trial_id)
+            trial.set_user_attr(FOLDER_KEY, place(folder))
+            if is_worth_another_try(study, trial):
                 log.info("trial %d: taken up where its process left it", frozen.number)
-                # Values that were not drawn yet are drawn as they would have been.
-                study.sampler = make_sampler(plan, frozen.number)
-                trial = optuna.trial.Trial(study, frozen._trial_id)
-                trial.set_user_attr(FOLDER_KEY, place(folder))
                 return trial, lock
+            lock.close()
         waiting = study.get_trials(deepcopy=False, states=(states.WAITING,))
         left = 0 if plan.sampler == "grid" else num_left(study, plan)
         if not waiting and left == 0:
@@ -185,6 +190,28 @@ def take(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Tr
                 )
             )
         return trial, lock
+
+
+def is_worth_another_try(study: optuna.Study, trial: optuna.Trial) -> bool:
+    """Return whether to take up a trial whose process is gone; fail one that always dies.
+
+    A trial that needs more memory than there is kills its process every time, at the same epoch.
+    """
+    known = trial.user_attrs
+    if known.get(STOPPED_KEY):
+        trial.set_user_attr(STOPPED_KEY, False)
+        return True
+    epoch, (last_epoch, count) = known.get(EPOCH_KEY), known.get(DEATHS_KEY, (None, 0))
+    count = count + 1 if epoch == last_epoch else 1
+    trial.set_user_attr(DEATHS_KEY, (epoch, count))
+    if count < MAX_DEATHS:
+        return True
+    where = "before its first validation" if epoch is None else f"after epoch {epoch}"
+    reason = f"its process died {count} times {where}; perhaps it needs more memory than there is"
+    trial.set_user_attr(REASON_KEY, reason)
+    study.tell(trial, state=import_optuna().trial.TrialState.FAIL)
+    log.warning("trial %d failed: %s", trial.number, reason)
+    return False
 
 
 def nameless(frozen: optuna.trial.FrozenTrial) -> bool:
@@ -207,6 +234,7 @@ def run_trial(
     reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
     def report(epoch: int, accuracy: float) -> None:
+        trial.set_user_attr(EPOCH_KEY, epoch)
         if not plan.prunes or epoch in reported:
             return
         trial.report(accuracy, epoch)
@@ -218,6 +246,9 @@ def run_trial(
     except Pruned:
         study.tell(trial, state=states.PRUNED)
         log.info("trial %d: stopped, others were better at this point", trial.number)
+    except KeyboardInterrupt:
+        trial.set_user_attr(STOPPED_KEY, True)
+        raise
     except UnderstudyError as error:
         trial.set_user_attr(REASON_KEY, str(error))
         study.tell(trial, state=states.FAIL)
