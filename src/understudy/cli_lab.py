@@ -39,7 +39,7 @@ def paper(
         list[float] | None,
         typer.Option("--rates", help="Of the item dropout. Default: 0 0.1 0.2 0.3 0.5."),
     ] = None,
-    dropout: Annotated[float, typer.Option("--dropout", help="The paper states none.")] = 0.2,
+    dropout: Annotated[float, typer.Option("--dropout", help="The paper states none.")] = 0.5,
     teacher: Annotated[
         str | None,
         typer.Option("--teacher", metavar="NAME=FILE", help="Pretrained, as resnet56=FILE."),
