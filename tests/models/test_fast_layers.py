@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from understudy.models import fast_depthwise, fast_norm, inverted, native
+from understudy.models import fast_conv, fast_depthwise, fast_norm, inverted, native
+from understudy.models.fast_conv import conv3x3
 from understudy.models.fast_depthwise import depthwise
 from understudy.models.fast_layers import FastSequential
 from understudy.models.fast_norm import norm_add
 from understudy.models.inverted import InvertedResidualNet, SqueezeExcite
+from understudy.models.resnet import ResNet
 
 needs_kernels = pytest.mark.skipif(
     native.convolution_kernels() is None, reason="no C compiler or no AVX-512"
@@ -186,3 +188,30 @@ def test_a_sequence_adds_its_input_with_and_without_a_norm_at_the_end() -> None:
     expected = plain[1](plain[0](features)) + added
     torch.testing.assert_close(middle(features, added), expected)
     assert torch.equal(FastSequential()(features, added), features + added)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "sides"), [(3, (8, 16)), (16, (4, 8))])
+def test_plain_3x3_convolutions(inputs: int, sides: tuple[int, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(inputs, 32, 3, padding=1, bias=bias)
+    assert_equal_to_torch(module, conv3x3, channels_last(2, inputs, *sides))
+    seen: list[Tensor] = []
+    module.register_forward_hook(lambda _, __, output: seen.append(output))
+    output = conv3x3(module, channels_last(2, inputs, *sides))
+    assert seen == [output]
+
+
+def test_a_resnet_trains_and_evaluates_as_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = ResNet(num_classes=4, depth=8, shortcut="conv").to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(model)
+    images = channels_last(6, 3, 16, 16)
+    model(images).square().sum().backward()
+    for module in (fast_norm, fast_conv):
+        monkeypatch.setattr(module, "convolution_kernels", lambda: None)
+    plain(images).square().sum().backward()
+    for own, reference in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, reference.grad, rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(model.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 from understudy.models.dropout import LeakyReLUDropout, Mask
-from understudy.models.native import address, convolution_kernels
+from understudy.models.native import address, convolution_kernels, suits_kernels
 
 _NUM_POINTS = 36
 _NUM_SHARES = 8  # SHARES of kernels.c
@@ -76,19 +76,50 @@ class FastConv3x3(nn.Conv2d):
     def _suits_kernels(self, features_NCHW: Tensor) -> bool:
         if not self.training or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
-        few = self.in_channels in _FEW_CHANNELS
-        multiple = 8 if few else 4
-        fits = (
-            features_NCHW.device.type == "cpu"
-            and features_NCHW.dtype == self.weight.dtype == torch.float32
-            and features_NCHW.dim() == 4
-            and features_NCHW.numel() > 0
-            and features_NCHW.is_contiguous(memory_format=torch.channels_last)
-            and features_NCHW.shape[2] % multiple == features_NCHW.shape[3] % multiple == 0
-            and (few or self.in_channels % _LANES == 0)
-            and self.out_channels % _LANES == 0
-        )
-        return fits and convolution_kernels() is not None
+        return _fits_kernels(self, features_NCHW)
+
+
+def conv3x3(convolution: nn.Module, features_NCHW: Tensor) -> Tensor:
+    """Return ``convolution(features_NCHW)``; by the kernels where a ``FastConv3x3`` would use them.
+
+    For plain modules, which other tools know: those that nothing hooks, and no trace of the graph.
+
+    Args:
+        convolution: any module that takes the features.
+        features_NCHW: of its input channels.
+    """
+    fits = (
+        type(convolution) is nn.Conv2d
+        and suits_kernels(features_NCHW, convolution, min_channels=1)
+        and convolution.kernel_size == (3, 3)
+        and convolution.stride == convolution.padding == convolution.dilation == (1, 1)
+        and convolution.groups == 1
+        and convolution.padding_mode == "zeros"
+        and _fits_kernels(convolution, features_NCHW)
+    )
+    if not fits:
+        result: Tensor = convolution(features_NCHW)
+        return result
+    convolved: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
+        features_NCHW, convolution.weight, convolution.bias, None
+    )
+    return convolved
+
+
+def _fits_kernels(convolution: nn.Conv2d, features_NCHW: Tensor) -> bool:
+    few = convolution.in_channels in _FEW_CHANNELS
+    multiple = 8 if few else 4
+    fits = (
+        features_NCHW.device.type == "cpu"
+        and features_NCHW.dtype == convolution.weight.dtype == torch.float32
+        and features_NCHW.dim() == 4
+        and features_NCHW.numel() > 0
+        and features_NCHW.is_contiguous(memory_format=torch.channels_last)
+        and features_NCHW.shape[2] % multiple == features_NCHW.shape[3] % multiple == 0
+        and (few or convolution.in_channels % _LANES == 0)
+        and convolution.out_channels % _LANES == 0
+    )
+    return fits and convolution_kernels() is not None
 
 
 class _Convolution(torch.autograd.Function):

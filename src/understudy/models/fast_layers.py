@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from understudy.models.fast_conv import conv3x3
 from understudy.models.fast_depthwise import depthwise, is_depthwise
 from understudy.models.fast_norm import norm_add, norm_relu
 
@@ -19,7 +20,7 @@ class FastSequential(nn.Sequential):
 
 
 def run_layers(layers: Iterable[nn.Module], features: Tensor, added: Tensor | None) -> Tensor:
-    """Run layers one after the other, with ``depthwise``, ``norm_relu`` and ``norm_add``.
+    """Run layers one after the other, by the functions of ``fast_conv``, ``_depthwise``, ``_norm``.
 
     Args:
         layers: each takes what the one before returns.
@@ -41,5 +42,5 @@ def run_layers(layers: Iterable[nn.Module], features: Tensor, added: Tensor | No
         elif is_depthwise(module):
             features = depthwise(module, features)
         else:
-            features = module(features)
+            features = conv3x3(module, features)
     return features if added is None else features + added

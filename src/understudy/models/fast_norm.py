@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from understudy.models.native import address, convolution_kernels, suits_kernels
 
 
-def norm_relu(norm: nn.Module, activation: nn.Module, features_NCHW: Tensor) -> Tensor:
+def norm_relu(norm: nn.Module, activation: nn.Module | None, features_NCHW: Tensor) -> Tensor:
     """Return ``activation(norm(features_NCHW))``; by one kernel where that is the same.
 
     That is: in training, on a CPU with AVX-512 and the native kernels, for float32 channels-last
@@ -24,13 +25,15 @@ def norm_relu(norm: nn.Module, activation: nn.Module, features_NCHW: Tensor) -> 
 
     Args:
         norm: over the channels; its running averages move as PyTorch moves them.
-        activation: after it.
+        activation: after it; None: the function ``relu``.
         features_NCHW: of the norm's channels.
     """
-    if type(activation) is nn.ReLU and _suits_kernels(features_NCHW, norm, activation):
+    modules = [] if activation is None else [activation]
+    plain = all(type(module) is nn.ReLU for module in modules)
+    if plain and _suits_kernels(features_NCHW, norm, *modules):
         return _normalised(norm, features_NCHW, added_NCHW=None, relu=True)
-    result: Tensor = activation(norm(features_NCHW))
-    return result
+    normalised: Tensor = norm(features_NCHW)
+    return F.relu(normalised) if activation is None else activation(normalised)
 
 
 def norm_add(norm: nn.Module, features_NCHW: Tensor, added_NCHW: Tensor | None) -> Tensor:

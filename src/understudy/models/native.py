@@ -99,10 +99,10 @@ def convolution_kernels() -> ctypes.CDLL | None:
     return kernels() if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
 
 
-def suits_kernels(features: Tensor, *modules: nn.Module) -> bool:
+def suits_kernels(features: Tensor, *modules: nn.Module, min_channels: int = _LANES) -> bool:
     """Return whether kernels may stand in for these modules on these features.
 
-    That is in training, for float32 channels-last pictures of at least 16 channels on a CPU, while
+    That is in training, for float32 channels-last pictures of enough channels on a CPU, while
     nothing hooks the modules, traces the graph or casts the types.
     """
     # Tracers bring tensors of their own.
@@ -118,7 +118,7 @@ def suits_kernels(features: Tensor, *modules: nn.Module) -> bool:
         features.device.type == "cpu"
         and features.dtype == torch.float32
         and features.dim() == 4
-        and features.shape[1] >= _LANES
+        and features.shape[1] >= min_channels
         and features.numel() > 0
         and features.is_contiguous(memory_format=torch.channels_last)
     )
