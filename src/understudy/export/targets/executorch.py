@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,35 @@ def _simplify(graph: GraphModule) -> None:
             graph.graph.erase_node(node)
         elif (features := _averaged(node)) is not None:
             _average_with_dimensions(graph, node, features)
+    _unshare(graph)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
+
+
+def _unshare(graph: GraphModule) -> None:
+    """Give every run of a layer constants of its own.
+
+    The lowering folds a batch norm into the weight before it, in place: the next run of the layer,
+    which has another batch norm, would begin with the folded weight.
+    """
+    seen: set[str] = set()
+    for node in list(graph.graph.nodes):
+        if node.target not in (_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.linear.default):
+            continue
+        for position, constant in enumerate(node.args[1:3], start=1):
+            if not isinstance(constant, Node) or constant.op != "get_attr":
+                continue
+            name = str(constant.target)
+            if name in seen:
+                value = attrgetter(name)(graph)
+                name = f"own_{position}_of_{node.name}"
+                graph.register_parameter(name, nn.Parameter(value.detach().clone()))
+                with graph.graph.inserting_before(node):
+                    own = graph.graph.get_attr(name)
+                own.meta = dict(constant.meta)
+                node.update_arg(position, own)
+            seen.add(name)
 
 
 def _dtype(node: Any) -> torch.dtype | None:

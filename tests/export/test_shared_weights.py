@@ -1,0 +1,56 @@
+"""A block that runs several times with the same convolutions, in every runtime.
+
+Each run has another batch norm, which exporters fold into the convolution before it: the runs must
+not share what is folded.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+from edge_student import CLASS_NAMES, SMALL_SHAPE, model_logits, relative_difference, small_images
+
+from understudy.export.target import ExportSource, find_target, open_artifact, run_artifact
+from understudy.models.build import NormalizedModel
+from understudy.models.inverted import InvertedResidualNet
+
+pytestmark = pytest.mark.slow
+PACKAGES = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "executorch": "executorch",
+    "tflite": "litert_torch",
+    "ncnn": "pnnx",
+    "c": "emx_onnx_cgen",
+}
+
+
+@pytest.fixture(scope="module")
+def source():
+    torch.manual_seed(0)
+    network = InvertedResidualNet(
+        num_classes=10,
+        stem=(16, 1),
+        blocks=((16, 1, 1, 3, 2), (24, 2, 1, 3), (24, 1, 1, 3, 3)),
+        squeeze=4,
+    )
+    model = NormalizedModel(network, mean=(0.4,) * 3, std=(0.2,) * 3).train()
+    for _ in range(3):  # statistics that are not those of the start, another for each run
+        model(small_images(64))
+    return ExportSource(model.eval(), SMALL_SHAPE, CLASS_NAMES, calibration_NCHW=small_images(64))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tolerance"),
+    [
+        *((name, "float32", 1e-4) for name in PACKAGES),
+        *((name, "int8", 0.15) for name in ("onnx", "executorch", "tflite")),
+    ],
+)
+def test_every_run_has_its_own_batch_norm(name, precision, tolerance, source, tmp_path):
+    if importlib.util.find_spec(PACKAGES[name]) is None:
+        pytest.skip(f"the extra '{name}' is not installed")
+    artifact = find_target(name).export(source, tmp_path, precision=precision)
+    images_NCHW = small_images(20)
+    found_NK = run_artifact(open_artifact(artifact), images_NCHW)
+    assert relative_difference(found_NK, model_logits(source, images_NCHW)) < tolerance
