@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from understudy.errors import InputError, problem
 from understudy.evaluate.text_table import human_bytes, text_table
 from understudy.models.dropout import FastDropout, LeakyReLUDropout
-from understudy.runtime import processor_name
+from understudy.runtime import keep_freed_memory, processor_name
 
 NUM_WARMUP = 3
 NUM_RUNS = 10
@@ -152,13 +152,16 @@ def torch_operators(
 
     Args:
         model: takes float images in [0, 1], or normalises them itself.
-        training: profile a forward pass in training mode, with gradients recorded.
+        training: profile a forward pass in training mode, with gradients recorded, and with freed
+            memory kept as trainings keep it.
         num_runs: profiled runs, after a few that are not.
 
     Raises:
         InputError: the images are not a batch of bytes, or a count is below 1.
     """
     check_batch(images_NCHW, num_threads=num_threads, num_runs=num_runs)
+    if training:
+        keep_freed_memory()
     network = copy.deepcopy(model).cpu().train(training)
     pixels_NCHW = float_pixels(images_NCHW)
     with _threads(num_threads), torch.set_grad_enabled(training):
