@@ -36,8 +36,7 @@ def paper(
         list[int] | None, typer.Option("--layers", help="Of the teachers of Table 6: 4, 6, 8.")
     ] = None,
     rates: Annotated[
-        list[float] | None,
-        typer.Option("--rates", help="Of the item dropout. Default: 0 0.1 0.2 0.3 0.5."),
+        list[float] | None, typer.Option("--rates", help="Of dropout. Default: 0 0.1 0.2 0.3 0.5.")
     ] = None,
     dropout: Annotated[float, typer.Option("--dropout", help="The paper states none.")] = 0.5,
     teacher: Annotated[

@@ -135,7 +135,7 @@ def test_layers_are_in_the_order_of_the_computation_and_know_their_origins(model
     assert graph.order[0] == "network.conv1"
     assert graph.order[-2:] == ("network", OUTPUT)
     block = "network.layer2.0"
-    assert place[f"{block}.bn2"] < place[f"{block}.shortcut"] < place[block]
+    assert place[f"{block}.shortcut"] < place[f"{block}.bn2"] < place[block]
     assert f"{block}.conv1" not in graph.origins[f"{block}.shortcut"]
     assert {f"{block}.shortcut", f"{block}.bn2"} <= graph.origins[block]
     for name, origins in graph.origins.items():

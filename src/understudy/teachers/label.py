@@ -95,7 +95,6 @@ def label_views(
         StoreError: an entry is for other samples or missing in a view, an output cannot be stored,
             the disk is full.
     """
-    keep_freed_memory()
     started = time.perf_counter()
     groups = [list(outputs.values()) for outputs in entries_by_view(entries, indices_N).values()]
     num_repaired = sum(_repair(entry) for entry in entries)
@@ -159,6 +158,7 @@ def _label_view(
     batch_size: int,
 ) -> Iterator[int]:
     """Compute what is missing of one view; yields the number of rows after every batch."""
+    keep_freed_memory()
     block_starts: deque[int | None] = deque()
     batches = _plan(entries, indices_N, batch_size, block_starts)
     [num_classes] = [e.format.row_shape[0] for e in entries if e.key.output == LOGITS]
