@@ -69,7 +69,6 @@ def num_usable_cores() -> int:
 
 
 @cache
-@cache
 def keep_freed_memory() -> None:
     """Have the C library keep the memory that this process frees, and not return it to the system.
 
@@ -85,6 +84,7 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
+@cache
 def package_versions() -> dict[str, str]:
     """Return name to version of the packages that can change a result."""
     versions = {"python": platform.python_version()}

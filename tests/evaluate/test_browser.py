@@ -66,10 +66,10 @@ def artifact(
     return exported("float32", images, folder, node_modules)
 
 
-def check_run(artifact: Artifact, images: torch.Tensor) -> None:
+def checked_error(artifact: Artifact, images: torch.Tensor) -> float:
+    """Check all that a run tells; return how far its logits are from those of ONNX Runtime."""
     run = run_in_browser(artifact, images.numpy())
     expected_NK = run_images(open_session(artifact.path.with_name("student.onnx")), images)
-    np.testing.assert_allclose(run.logits_NK, expected_NK, atol=1e-4)
     assert run.shown_class == CLASS_NAMES[int(expected_NK[0].argmax())]
     assert run.picture_max_abs_difference == 0
     assert 0 < run.latency_p50_ms <= run.latency_p95_ms
@@ -79,18 +79,19 @@ def check_run(artifact: Artifact, images: torch.Tensor) -> None:
     assert "/student.onnx" in run.requests
     assert all(request.lstrip("/") in artifact.files for request in run.requests)
     assert "logits_NK" not in run.to_json()
+    return float(np.abs(run.logits_NK - expected_NK.numpy()).max())
 
 
 @needs_browser
 def test_float32_logits_are_those_of_onnx_runtime(artifact: Artifact, images: torch.Tensor) -> None:
-    check_run(artifact, images)
+    assert checked_error(artifact, images) < 1e-4
 
 
 @needs_browser
 def test_int8_logits_are_those_of_onnx_runtime(
     images: torch.Tensor, node_modules: Path, tmp_path: Path
 ) -> None:
-    check_run(exported("int8", images, tmp_path, node_modules), images)
+    assert checked_error(exported("int8", images, tmp_path, node_modules), images) < 1e-4
 
 
 @needs_browser

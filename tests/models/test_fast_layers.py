@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
+from kernel_inputs import channels_last
 from torch import Tensor, nn
 
 from understudy.models import fast_conv, fast_depthwise, fast_norm, inverted, native
@@ -22,17 +23,6 @@ needs_kernels = pytest.mark.skipif(
 )
 
 Call = Callable[[nn.Module, Tensor], Tensor]
-
-
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(num_threads)
-
-
-def channels_last(*shape: int) -> Tensor:
-    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
 def depthwise_convolution(channels: int, kernel: int, stride: int) -> nn.Conv2d:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
+from kernel_inputs import channels_last
 from torch import Tensor, nn
 
 from understudy.models import fast_norm, native
@@ -17,17 +17,6 @@ from understudy.models.separable import SeparableNet
 needs_kernels = pytest.mark.skipif(
     native.convolution_kernels() is None, reason="no C compiler or no AVX-512"
 )
-
-
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(num_threads)
-
-
-def channels_last(*shape: int) -> Tensor:
-    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
 def trained_norm(channels: int) -> nn.BatchNorm2d:

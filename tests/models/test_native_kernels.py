@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_inputs import channels_last
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,17 +19,6 @@ needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="no C compil
 needs_convolutions = pytest.mark.skipif(
     native.convolution_kernels() is None, reason="no C compiler or no AVX-512"
 )
-
-
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(num_threads)
-
-
-def channels_last(*shape: int) -> Tensor:
-    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
 # Whole and partial blocks of 16 tiles, one and two vectors of outputs, first layers.
