@@ -57,7 +57,8 @@ def make_model(family, arguments, shape=SHAPE):
     torch.manual_seed(3)
     network = build_network(family, num_classes=10, image_shape=shape, arguments=arguments)
     mean, std = [0.4] * shape[0], [0.2] * shape[0]
-    model = NormalizedModel(network, mean=mean, std=std).train()
+    flips = family == "inverted"
+    model = NormalizedModel(network, mean=mean, std=std, flip_average=flips).train()
     for _ in range(3):  # batch-norm statistics that are not those of the start
         model(make_images(16, shape=shape))
     return model.eval()

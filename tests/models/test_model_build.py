@@ -63,6 +63,18 @@ def test_built_in_networks_map_pictures_to_logits(name: str) -> None:
     assert network.training
 
 
+def test_flip_average_is_the_mean_over_mirror_images_in_evaluation_only() -> None:
+    torch.manual_seed(0)
+    network = Linear(5, SHAPE)
+    model = NormalizedModel(network, mean=[0.5] * 3, std=[0.25] * 3, flip_average=True)
+    plain = NormalizedModel(network, mean=[0.5] * 3, std=[0.25] * 3)
+    images = torch.randint(0, 256, (4, *SHAPE), dtype=torch.uint8)
+    as_they_are, mirrored = plain(images), plain(torch.from_numpy(images.numpy()[..., ::-1].copy()))
+    assert not torch.allclose(as_they_are, mirrored, atol=1e-2)
+    torch.testing.assert_close(model.eval()(images), (as_they_are + mirrored) / 2)
+    torch.testing.assert_close(model.train()(images), as_they_are)
+
+
 def test_arguments_reach_the_network(user_module: types.ModuleType) -> None:
     resnet = build_network(
         "resnet", num_classes=7, image_shape=SHAPE, arguments={"depth": 8, "widths": [4, 8, 8]}

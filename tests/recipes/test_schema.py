@@ -59,6 +59,13 @@ def test_a_schedule_is_told_from_a_number():
         ({"training": {"learning_rate_schedule": {"warmup_epochs": 99}}}, "warmup_epochs"),
         ({"budget": {"latency_ms": {"batch": 1}}}, "`budget.latency_ms.at_most` is missing"),
         ({"name": "../escape"}, "`name`"),
+        (
+            {
+                "student": {"model": {"name": "mlp"}, "flip_average": True},
+                "heads": {"size": {"label_column": "a"}},
+            },
+            "flip_average.*drop heads and exits",
+        ),
         ({"data": {"test_fraction": 1.5}}, "less than 1"),
         ({"training": {"clip_norm": float("nan")}}, "finite"),
     ],

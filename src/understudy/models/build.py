@@ -210,6 +210,9 @@ class NormalizedModel(nn.Module):
             converted with the BT.601 luma.
         output_order: ``output_order[k]`` is the network's output for the data's class k; None if
             they agree. See ``load.class_order``.
+        flip_average: whether the logits are the mean of the picture's and its mirror image's, as
+            ten-crop testing averages (Krizhevsky et al. 2012). Not in training, which sees one of
+            the two at a time, but in every captured graph: what is exported has it built in.
 
     Raises:
         ModelError: lengths differ, a standard deviation is not positive, or an index is twice or
@@ -229,6 +232,7 @@ class NormalizedModel(nn.Module):
         std: Sequence[float],
         color_order: ColorOrder = "rgb",
         output_order: Sequence[int] | None = None,
+        flip_average: bool = False,
     ) -> None:
         super().__init__()
         problems = _normalization_problems(mean, std, color_order, output_order)
@@ -236,6 +240,7 @@ class NormalizedModel(nn.Module):
             raise ModelError(*problems)
         self.network = network
         self.color_order = color_order
+        self.flip_average = flip_average
         # (x - mean) / std as x * scale + shift; buffers, so that they move with the model, but not
         # saved: they are the recipe's, and a checkpoint must not overrule it.
         scale = 1 / torch.tensor(std, dtype=torch.float64)
@@ -248,10 +253,29 @@ class NormalizedModel(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Return logits_NK in the data's class order."""
-        logits_NK: Tensor = self.network(self.normalize(images_NCHW))
+        logits_NK: Tensor
+        pixels_NCHW = self.normalize(images_NCHW)
+        # Quantisation-aware training captures the network in training mode.
+        if self.flip_average and (not self.training or torch.compiler.is_exporting()):
+            logits_NK = self._both_ways(pixels_NCHW)
+        else:
+            logits_NK = self.network(pixels_NCHW)
         if self.output_order is not None:
             logits_NK = logits_NK[:, self.output_order]
         return logits_NK
+
+    def _both_ways(self, pixels_NCHW: Tensor) -> Tensor:
+        """Return the mean logits_NK of pictures and their mirror images."""
+        if torch.jit.is_tracing():  # for ncnn, which has neither batches nor index_select
+            first_NK: Tensor = self.network(pixels_NCHW)
+            second_NK: Tensor = self.network(pixels_NCHW.flip(3))
+            return (first_NK + second_NK) / 2
+        # Not flip(): its slice with step -1 is more than the translator to C knows.
+        columns_W = torch.arange(pixels_NCHW.shape[3] - 1, -1, -1, device=pixels_NCHW.device)
+        mirrored_NCHW = pixels_NCHW.index_select(3, columns_W)
+        # One batch: an exported file holds the layers once.
+        both_MK: Tensor = self.network(torch.cat([pixels_NCHW, mirrored_NCHW]))
+        return both_MK.view(2, -1, both_MK.shape[1]).mean(dim=0)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
         """Return what the network sees, float, in the memory format of the input."""
@@ -272,7 +296,7 @@ class NormalizedModel(nn.Module):
         return torch.addcmul(self.shift, pixels, scale)
 
     def extra_repr(self) -> str:
-        return f"color_order={self.color_order!r}"
+        return f"color_order={self.color_order!r}, flip_average={self.flip_average}"
 
 
 def _is_channels_last(images_NCHW: Tensor) -> bool:

@@ -77,7 +77,14 @@ def build_model(run: Run, role: str) -> NormalizedModel:
         color_order = teacher.color_order
         if teacher.class_names is not None:
             order = class_order(teacher.class_names, run.source.class_names)
-    return NormalizedModel(network, mean=mean, std=std, color_order=color_order, output_order=order)
+    return NormalizedModel(
+        network,
+        mean=mean,
+        std=std,
+        color_order=color_order,
+        output_order=order,
+        flip_average=lineage == "student" and run.recipe.student.flip_average,
+    )
 
 
 def trained_model(run: Run, role: str, record: Record) -> NormalizedModel:

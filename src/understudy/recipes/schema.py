@@ -137,6 +137,11 @@ class Recipe(Section):
                 "a student with a checkpoint is not trained: set control to false and drop "
                 "finetuning"
             )
+        if self.student.flip_average and (self.heads or self.exits is not None):
+            problems.append(
+                "student.flip_average averages the logits of one classifier at the end: set it to "
+                "false, or drop heads and exits"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self

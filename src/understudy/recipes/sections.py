@@ -186,3 +186,11 @@ class StudentSection(Section):
         Path | None,
         Field(description="Weights of a student that is trained already and only compressed."),
     ] = None
+    flip_average: Annotated[
+        bool,
+        Field(
+            description="Average the logits of the picture and its mirror image, in evaluation and "
+            "in every file that is made: twice the multiply-adds, no weights, and training costs "
+            "the same. For pictures whose mirror image has the same class."
+        ),
+    ] = False
