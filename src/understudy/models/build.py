@@ -266,7 +266,8 @@ class NormalizedModel(nn.Module):
 
     def _both_ways(self, pixels_NCHW: Tensor) -> Tensor:
         """Return the mean logits_NK of pictures and their mirror images."""
-        if torch.jit.is_tracing():  # for ncnn, which has neither batches nor index_select
+        torchscript: Any = torch.jit  # untyped
+        if torchscript.is_tracing():  # for ncnn, which has neither batches nor index_select
             first_NK: Tensor = self.network(pixels_NCHW)
             second_NK: Tensor = self.network(pixels_NCHW.flip(3))
             return (first_NK + second_NK) / 2
