@@ -323,6 +323,10 @@ def test_bad_files_are_named_and_the_page_goes_on(page: Any, tmp_path: Path) -> 
 
 
 def test_drop_paste_and_keyboard(page: Any) -> None:
+    # The browser reports file choosers while someone listens; it is told so without being waited
+    # for, and a key pressed at once may come before.
+    page.on("filechooser", lambda chooser: None)
+
     def send(kind: str, field: str, data: bytes | None) -> str:
         page.evaluate(
             """([kind, field, encoded]) => {
