@@ -16,6 +16,7 @@ from understudy.compress.quant_affine import (
     activation_scale,
     fake_quantize_activation,
     fake_quantize_weight,
+    value_range,
     weight_scales,
 )
 from understudy.compress.quantize import (
@@ -110,6 +111,35 @@ def test_gradients_pass_where_nothing_is_clipped():
     scale, zero_point = activation_scale(torch.tensor(-1.0), torch.tensor(1.0))
     fake_quantize_activation(values, scale, zero_point).sum().backward()
     assert values.grad.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("layout", ["plain", "channels last", "with gaps"])
+def test_the_kernel_rounds_as_pytorch_does(layout):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 5, 7, 9, generator=generator)
+    scale, zero_point = activation_scale(torch.tensor(-1.0), torch.tensor(2.0))
+    values.view(-1)[:40] = (torch.arange(40) - 20 + 0.5) * scale  # between two levels
+    values.view(-1)[40:42] = torch.tensor([torch.nan, 1e9])
+    if layout == "channels last":
+        values = values.to(memory_format=torch.channels_last)
+    results = []
+    for function in (
+        fake_quantize_activation,
+        lambda *args: torch.fake_quantize_per_tensor_affine(*args, 0, 255),
+    ):
+        leaf = values.clone().requires_grad_()
+        given = leaf[:, :, ::2] if layout == "with gaps" else leaf
+        rounded = function(given, scale, zero_point)
+        (rounded.contiguous() * torch.arange(rounded.numel()).view(rounded.shape)).sum().backward()
+        results.append((rounded.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_range_is_that_of_all_values(memory_format):
+    values = torch.randn(4, 3, 5, 6).to(memory_format=memory_format)
+    assert value_range(values) == (values.min(), values.max())
 
 
 def test_a_dead_channel_does_not_get_a_scale_that_its_bias_overflows():

@@ -7,8 +7,13 @@ Integer-Arithmetic-Only Inference", equation 1): ``value = scale * (q - zero_poi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from understudy.models.native import address, kernels
 
 # Without -128, so that the range is symmetric: TFLite demands it, and a product of two weights'
 # worth of -128 is what saturates first on CPUs without VNNI.
@@ -60,6 +65,54 @@ def fake_quantize_weight(weight: Tensor, scales: Tensor, *, channel_axis: int = 
 
 def fake_quantize_activation(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Return the values rounded to uint8 and back; gradients pass where nothing was clipped."""
+    if _is_dense(values) and kernels() is not None:
+        rounded: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+            values, scale.item(), zero_point.item()
+        )
+        return rounded
     return torch.fake_quantize_per_tensor_affine(
         values, scale, zero_point, ACTIVATION_MIN, ACTIVATION_MAX
     )
+
+
+def value_range(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value."""
+    if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+        values = values.permute(0, 2, 3, 1)  # in the order of the memory: PyTorch would copy it
+    low, high = torch.aminmax(values)
+    return low, high
+
+
+def _is_dense(values: Tensor) -> bool:
+    """Whether the values are what the kernel takes: float32 without gaps, and no trace of them."""
+    if type(values) is not Tensor or torch.compiler.is_compiling():
+        return False
+    if values.device.type != "cpu" or values.dtype != torch.float32:
+        return False
+    last = values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    return last or values.is_contiguous()
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: float, zero_point: float) -> Tensor:
+        library = kernels()
+        assert library is not None
+        result = torch.empty_like(values)
+        ctx.save_for_backward(values)
+        ctx.settings = scale, zero_point, ACTIVATION_MIN, ACTIVATION_MAX, torch.get_num_threads()
+        library.fake_quantize(address(values), address(result), values.numel(), *ctx.settings)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        library = kernels()
+        assert library is not None
+        (values,) = ctx.saved_tensors
+        gradient, result = gradients[0], torch.empty_like(values)
+        if gradient.stride() != values.stride():
+            gradient = torch.empty_like(values).copy_(gradient)
+        pointers = address(values), address(gradient), address(result)
+        library.fake_quantize_back(*pointers, values.numel(), *ctx.settings)
+        return result, None, None

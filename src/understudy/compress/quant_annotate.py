@@ -32,6 +32,7 @@ from understudy.compress.quant_affine import (
     activation_scale,
     fake_quantize_activation,
     fake_quantize_weight,
+    value_range,
     weight_scales,
 )
 from understudy.compress.quant_fold import (
@@ -126,7 +127,7 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     @torch.no_grad()
     def observe(self, values: Tensor) -> None:
         """Move the range towards that of these values; the first ones set it."""
-        low, high = (bound.to(self.minimum.dtype) for bound in torch.aminmax(values))
+        low, high = (bound.to(self.minimum.dtype) for bound in value_range(values))
         is_first = (self.minimum == 0) & (self.maximum == 0)
         weight = torch.where(is_first, 1.0, _AVERAGING)
         self.minimum.lerp_(low, weight)

@@ -26,7 +26,7 @@ from understudy.runtime import processor_name
 
 _SOURCES = tuple(
     Path(__file__).with_name(name)
-    for name in ("kernels.c", "kernels_depthwise.c", "kernels_norm.c")
+    for name in ("kernels.c", "kernels_depthwise.c", "kernels_norm.c", "kernels_quantize.c")
 )
 _HEADER = Path(__file__).with_name("kernels.h")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC")
@@ -35,7 +35,7 @@ _LANES = 16  # LANES of kernels.h
 _LOG = logging.getLogger(__name__)
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
-_DOUBLE = ctypes.c_double
+_DOUBLE, _FLOAT = ctypes.c_double, ctypes.c_float
 
 
 class MaskArguments(ctypes.Structure):
@@ -68,6 +68,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "depthwise_weights": (_INT, _DEPTHWISE),
     "place_sums": (None, [_POINTER] * 3 + [_LONG] * 3 + [_INT]),
     "place_scale": (None, [_POINTER] * 4 + [_LONG] * 3 + [_INT]),
+    "fake_quantize": (None, [_POINTER] * 2 + [_LONG] + [_FLOAT] * 4 + [_INT]),
+    "fake_quantize_back": (None, [_POINTER] * 3 + [_LONG] + [_FLOAT] * 4 + [_INT]),
     "leaky_dropout_pooled": (None, [_POINTER] * 3 + [_LONG] * 3 + [_INT, _MASK]),
 }
 
