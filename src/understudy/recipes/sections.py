@@ -190,7 +190,8 @@ class StudentSection(Section):
         bool,
         Field(
             description="Average the logits of the picture and its mirror image, in evaluation and "
-            "in every file that is made: twice the multiply-adds, no weights, and training costs "
-            "the same. For pictures whose mirror image has the same class."
+            "in every file that is made: twice the multiply-adds, no weights. Training sees one of "
+            "the two at a time and costs the same; quantisation-aware training sees both. For "
+            "pictures whose mirror image has the same class."
         ),
     ] = False
