@@ -7,8 +7,10 @@ import signal
 import pytest
 
 from understudy.artifacts import (
+    ASIDE_NAME,
     Record,
     atomic_path,
+    clear_part,
     content_hash,
     exclusive,
     hash_files,
@@ -72,6 +74,23 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_process_left_is_cleared_and_what_it_set_aside_comes_back(tmp_path):
+    (tmp_path / ".a.json.x1y2.part").write_text("half")
+    for name, has_new in (("old", False), ("new", True)):
+        part = tmp_path / f".{name}.v1.x1y2.part"
+        (part / "package").mkdir(parents=True)
+        (part / ASIDE_NAME).mkdir()
+        (part / ASIDE_NAME / "manifest").write_text("before")
+        if has_new:
+            (tmp_path / f"{name}.v1").mkdir()
+            (tmp_path / f"{name}.v1" / "manifest").write_text("after")
+    for part in list(tmp_path.glob(".*.part")):
+        clear_part(part)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.v1", "old.v1"]
+    assert (tmp_path / "old.v1" / "manifest").read_text() == "before"
+    assert (tmp_path / "new.v1" / "manifest").read_text() == "after"
 
 
 def test_nan_is_not_written(tmp_path):

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from understudy.errors import InputError, problem
 from understudy.runtime import hardware_facts, package_versions
 
 RECORD_NAME = "record.json"
+ASIDE_NAME = "replaced"  # in a ``.part`` folder: what had the final name before
 SCHEMA_VERSION = 1
 
 
@@ -69,6 +71,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_part(part: Path) -> None:
+    """Remove what a killed process wrote and did not finish, ``.NAME.<random>.part``.
+
+    A folder that it had set aside to be replaced gets its name back, unless that is taken.
+    """
+    if not part.is_dir():
+        part.unlink()
+        return
+    name = part.name.removeprefix(".").rsplit(".", 2)[0]
+    if (part / ASIDE_NAME).exists() and not part.with_name(name).exists():
+        (part / ASIDE_NAME).rename(part.with_name(name))
+    shutil.rmtree(part)
 
 
 def raise_disk_error(path: Path) -> None:

@@ -143,7 +143,14 @@ def root(
 
 
 def _show(outcome: Outcome) -> None:
-    """Print the result table and the report's path; exit 3 where the budget is missed."""
+    """Print the outcome; exit 3 where the budget is missed."""
+    _print(outcome)
+    if outcome.budget_missed:
+        raise typer.Exit(EXIT_BUDGET_MISSED)
+
+
+def _print(outcome: Outcome) -> None:
+    """Print the result table and the report's path."""
     from rich.console import Console
 
     from understudy.report.compression_views import compression_text
@@ -156,8 +163,6 @@ def _show(outcome: Outcome) -> None:
     if text := compression_text(outcome.results):
         print(f"\n{text}\n")
     print(f"report: {outcome.page}")
-    if outcome.budget_missed:
-        raise typer.Exit(EXIT_BUDGET_MISSED)
 
 
 @app.command()
@@ -252,7 +257,7 @@ def release(
 
     asked = [*(changes or ()), *release_changes(targets, device)]
     released = stages.release(recipe, changes=asked, out=out, package=package)
-    _show(released.outcome)
+    _print(released.outcome)
     if released.budget_missed:
         raise typer.Exit(EXIT_BUDGET_MISSED)
     print(f"package: {released.package}")

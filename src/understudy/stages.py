@@ -9,9 +9,11 @@ from pathlib import Path
 
 from understudy.artifacts import Record, exclusive
 from understudy.errors import InputError, problem
+from understudy.package.writing import check_package_path
 from understudy.progress import log
 from understudy.recipes.chain import run_steps
 from understudy.recipes.check import check_recipe, parse_checked
+from understudy.recipes.compress import check_guidance
 from understudy.recipes.compress import compress as compress_stage
 from understudy.recipes.design import Design, DesignPlan
 from understudy.recipes.design_job import open_design, run_design
@@ -124,6 +126,7 @@ def compress(
     """
     run = open_run(recipe, changes=changes, out=out)
     with working(run, "compress"):
+        check_guidance(run)
         run_stages(run)
         compress_stage(run)
         return report_stage(run)
@@ -148,9 +151,13 @@ def release(
         ParityError: files do not compute what the network computes.
     """
     run = open_run(recipe, changes=changes, out=out)
+    path = run.folder / "release" if package is None else Path(package)
     with working(run, "release"):
+        # Before hours of training.
+        check_package_path(path, overwrite=True)
+        check_guidance(run)
         run_stages(run)
-        return release_stage(run, None if package is None else Path(package))
+        return release_stage(run, path)
 
 
 def teach(

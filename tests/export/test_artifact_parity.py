@@ -193,6 +193,18 @@ def test_the_layer_that_a_target_breaks_is_named(every_layer):
     assert json.loads(json.dumps(found.to_json()))["first"] == found.first
 
 
+@pytest.mark.parametrize("every_layer", [False, True])
+def test_the_layer_is_named_also_where_mirror_images_are_averaged(every_layer):
+    torch.manual_seed(0)
+    given = {"mean": (0.5,) * 3, "std": (0.2,) * 3, "flip_average": True}
+    source = make_source(NormalizedModel(Branches(), **given).eval())
+    found = find_divergence(source, Faulty("main.0"), make_images(4), every_layer=every_layer)
+    assert found.first == "network.main.0"
+    assert found.target == "onnx"
+    right = find_divergence(source, find_target("onnx"), make_images(4), every_layer=every_layer)
+    assert right.first is None
+
+
 def test_no_layer_is_named_where_the_logits_agree(model):
     found = find_divergence(make_source(model), find_target("onnx"), make_images(4))
     assert found.first is None

@@ -17,13 +17,14 @@ from torch import nn
 
 from understudy.compress.quantize import convert_qat, float_weights, prepare_qat
 from understudy.errors import InputError, ModelError
-from understudy.export.onnx_file import DEFAULT_OPSET, file_entries, read_onnx_facts
+from understudy.export.onnx_file import file_entries, read_onnx_facts
 from understudy.export.onnx_quantize import (
     CALIBRATION_METHODS,
     CalibrationImages,
     static_int8_proto,
 )
 from understudy.export.target import Artifact, ExportSource, open_artifact, run_artifact
+from understudy.export.target_names import DEFAULT_OPSET
 from understudy.export.targets import onnx as target
 from understudy.models.build import NormalizedModel, build_network
 

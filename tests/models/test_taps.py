@@ -115,6 +115,14 @@ def test_every_listed_name_can_be_tapped_and_has_the_listed_shape(name: str) -> 
     assert check_taps(model, SHAPE, list(shapes), where="losses") == []
 
 
+def test_a_network_that_averages_over_mirror_images_has_the_same_layers() -> None:
+    model = model_of("resnet")
+    expected = tap_shapes(model, SHAPE)
+    model.flip_average = True
+    assert tap_shapes(model, SHAPE) == expected
+    assert model.flip_average
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_listed_name_can_be_tapped_in_training(name: str) -> None:
     model = model_of(name).train().to(memory_format=torch.channels_last)

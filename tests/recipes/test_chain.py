@@ -253,7 +253,10 @@ def test_generations_without_a_teacher_begin_with_labels(tmp_path, monkeypatch):
 
 def test_generations_with_a_teacher_begin_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path / "home"))
-    run = open_run(chain_recipe({"name": "born_again", "num_generations": 2}), out=tmp_path / "r")
+    recipe = chain_recipe({"name": "born_again", "num_generations": 2})
+    recipe["student"]["flip_average"] = True
+    run = open_run(recipe, out=tmp_path / "r")
+    assert all(build_model(step, "student").flip_average for step in (*run.steps, run))
     assert [step.step for step in run.steps] == ["1-generation", "2-generation"]
     assert run.steps[0].recipe.teacher.model.arguments["hidden"] == [32]
     assert {s.recipe.student.model.arguments["hidden"][0] for s in run.steps} == {16}

@@ -1,5 +1,6 @@
 """From a recipe to a package: steps behind gates, files in their runtimes, budget, resumption."""
 
+import dataclasses
 import json
 import shutil
 import time
@@ -13,6 +14,12 @@ from PIL import Image
 from tiny_run import TINY_RECIPE, TinyRun
 from understudy.artifacts import Record
 from understudy.package.reading import read_package
+from understudy.package.statistics import reference_statistics
+from understudy.recipes.artifacts import answers, artifact_of, release_budget
+from understudy.recipes.job import open_run
+from understudy.recipes.package_contents import model_card, shipped_metrics
+from understudy.recipes.run import Run
+from understudy.recipes.schema import parse_recipe
 
 pytest.importorskip("torchao", reason="needs the extra compress")
 pytest.importorskip("torch_pruning", reason="needs the extra compress")
@@ -102,6 +109,29 @@ def test_the_package_answers_as_the_artifact_does(released, warm, tmp_path):
     assert len(prediction["top"]) == 3
 
 
+def test_the_reference_statistics_are_of_the_files_that_ship(released, monkeypatch):
+    run, _ = released
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(run.home))
+    opened, shipped = open_run(run.folder), run.record("artifact-onnx-int8")
+    indices_N = opened.splits.validation
+    logits_NK = answers(opened, artifact_of(opened, shipped), indices_N).numpy()
+    images_NCHW = opened.source.images(indices_N).numpy()
+    expected = reference_statistics(images_NCHW, logits_NK, class_names=opened.source.class_names)
+    told = json.loads((run.folder / "release" / "reference_statistics.json").read_text())
+    assert told["outputs"] == json.loads(json.dumps(expected["outputs"]))
+
+
+def test_the_card_scores_the_network_that_ships_where_no_files_were_run(released, monkeypatch):
+    run, _ = released
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(run.home))
+    opened, int8 = open_run(run.folder), run.record("artifact-onnx-int8")
+    unrun = dataclasses.replace(int8, payload=int8.payload | {"metrics": None})
+    metrics = shipped_metrics(opened, [unrun])
+    assert metrics["accuracy"] == pytest.approx(int8.payload["metrics"]["accuracy"], abs=0.01)
+    card = model_card(opened, [unrun], {})
+    assert card.metrics["measured in"].startswith("PyTorch")
+
+
 def test_what_is_finished_is_not_done_again(copied, warm):
     before = hashes(copied.folder)
     finished = warm.run("release", copied.folder, home=copied.home)
@@ -159,6 +189,30 @@ def test_a_missed_budget_ends_with_code_3_and_without_a_package(copied, warm):
     assert "US018 issue" in finished.out
 
 
+def test_the_limits_of_a_release_are_those_of_what_ships(copied, warm):
+    size = copied.record("artifact-onnx-float32").payload["size_bytes"]
+    assert size < (copied.folder / "export" / "student.onnx").stat().st_size
+    changes = ["--target", "onnx/float32", "--set", f"budget.model_size_bytes={size}"]
+    finished = warm.run("release", copied.folder, *changes, home=copied.home)
+    assert finished.code == 0, finished.err
+    assert "package:" in finished.out
+    results = json.loads((copied.folder / "report" / "report.json").read_text())["results"]
+    (row,) = [row for row in results["budget"] if row["name"] == "model_size_bytes"]
+    assert (row["measured"], row["status"]) == (size, "passed")
+    assert row["detail"].endswith("onnx-float32")
+
+
+def test_a_device_is_as_strict_as_it_says_and_its_batch_is_the_limits(tmp_path):
+    limits = {"strict": True, "latency_ms": {"batch": 10, "at_most": 5}}
+    profile = {"title": "mine", "runtime": "onnx", "precision": "float32", "limits": limits}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    recipe = parse_recipe(small_recipe(release={"device": str(path)}))
+    budget = release_budget(Run(recipe, tmp_path, tmp_path))
+    assert budget.strict
+    assert budget.latency_ms.batch == 10
+
+
 def test_what_a_strict_budget_asks_for_must_be_measured(copied, warm):
     limits = ["--set", "budget.energy_mj=1000"]
     finished = warm.run("release", copied.folder, *limits, home=copied.home)
@@ -177,6 +231,16 @@ def test_what_a_strict_budget_asks_for_must_be_measured(copied, warm):
     [
         (["--target", "onx"], ["no target 'onx'", "expected one of onnx"]),
         (["--target", "onnx/int4"], ["no precision 'int4'"]),
+        (["--target", "ncnn/int8"], ["ncnn cannot be int8", "ncnn/float32"]),
+        (["--target", "ncnn"], ["int8, which the target ncnn cannot be"]),
+        (["--package", f"{__file__}/p"], ["cannot be a package", "is a file"]),
+        (
+            [
+                *("--set", "distillation.kl_weight=0", "--set", "distillation.ce_weight=0"),
+                *("--set", "distillation.losses={embedding_alignment: {}}"),
+            ],
+            ["features alone (embedding_alignment)", "guidance: labels"],
+        ),
         (["--device", "toaster"], ["there is no device 'toaster'", "cortex-m4"]),
         (["--target", "onnx/int8", "--set", "data.calibration_fraction=0"], ["calibration_frac"]),
         (["--set", 'compression.steps=[{"name":"prune"}]'], ["give num_params, num_macs or"]),
@@ -203,4 +267,4 @@ def test_a_limit_below_what_pruning_can_reach_is_an_error(copied, warm):
         "compress", copied.folder, "--set", f"compression.steps={steps}", home=copied.home
     )
     assert finished.code == 2
-    assert "lower round_to or min_channels, or train a smaller network" in finished.err
+    assert "lower round_to, or train a smaller network" in finished.err

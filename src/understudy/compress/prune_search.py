@@ -122,7 +122,7 @@ class Search:
                 problem(
                     f"none of the network's layers can lose channels ({reasons or 'none found'})",
                     expected="convolutions or linear layers that autograd can follow",
-                    mend="Choose another importance, ignore fewer layers, or leave pruning out.",
+                    mend="Choose another importance, or leave pruning out.",
                 )
             )
         least = self.size(least_kept, with_latency="latency_ms" in missed)
@@ -133,7 +133,7 @@ class Search:
                     f"pruning to at most {getattr(goal, name):,} {LIMITS[name]}",
                     expected=f"at least {getattr(least, name):,}, the smallest that can be reached "
                     f"with {self.rule.least_channels} channel(s) a layer",
-                    mend="Raise the limit, lower round_to or min_channels, or train a smaller "
+                    mend="Raise the limit, lower round_to, or train a smaller "
                     f"network. Layers that cannot be pruned: {kept or 'none'}.",
                 )
                 for name in missed

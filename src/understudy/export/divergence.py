@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from understudy.export.target import (
     open_artifact,
     run_artifact,
 )
+from understudy.models.build import one_way
 
 ImageShape = tuple[int, int, int]
 
@@ -146,33 +147,30 @@ def find_divergence(
         InputError: there are no images, or nothing here runs the target's files.
         ModelError: the target cannot export the network.
     """
-    if len(images_NCHW) == 0 or not target.RUNS_HERE:
-        raise InputError(
-            problem(
-                f"divergence is asked for on {len(images_NCHW)} images with a target that "
-                f"{'runs' if target.RUNS_HERE else 'does not run'} here",
-                expected="at least one image and a target that runs here",
-                mend="Give test images, and look for the fault with another target.",
-            )
-        )
+    _check_request(images_NCHW, target)
     source = replace(source, model=portable_copy(source.model))
     allowed = RELATIVE_TOLERANCES[precision] if tolerance is None else tolerance
-    comparison = _Comparison(source, target, images_NCHW, precision, num_threads)
-    network = layer_graph(source.model, source.image_shape)
+    comparison = whole = _Comparison(source, target, images_NCHW, precision, num_threads)
     # The logits come first: should the target be unable to export the network, this says so.
-    comparison.relative_difference(OUTPUT, skip=False)
+    is_wrong = _exceeds(whole.relative_difference(OUTPUT, skip=False), allowed)
 
     def diverges(name: str) -> bool | None:
-        difference = comparison.relative_difference(name)
-        return None if name in comparison.skipped else difference is None or difference > allowed
+        exceeds = _exceeds(comparison.relative_difference(name), allowed)
+        return None if name in comparison.skipped else exceeds
 
-    if every_layer:
-        for name in network.order:
-            diverges(name)
-    first = network.first_failing(diverges) if diverges(OUTPUT) else None
+    first = None
+    with one_way(source.model) as is_averaged:
+        network = layer_graph(source.model, source.image_shape)
+        if is_averaged and (is_wrong or every_layer):  # layers and logits of the pictures alone
+            comparison = _Comparison(source, target, images_NCHW, precision, num_threads)
+        if every_layer:
+            for name in network.order:
+                diverges(name)
+        if is_wrong:
+            first = network.first_failing(diverges) if diverges(OUTPUT) else OUTPUT
     compared = [name for name in network.order if name in comparison.found]
     return Divergence(
-        target=comparison.target_name,
+        target=whole.target_name,
         precision=precision,
         rows=tuple(LayerDifference(name, comparison.found[name]) for name in compared),
         first=first,
@@ -182,25 +180,30 @@ def find_divergence(
     )
 
 
+def _check_request(images_NCHW: Tensor, target: Target) -> None:
+    if len(images_NCHW) == 0 or not target.RUNS_HERE:
+        raise InputError(
+            problem(
+                f"divergence is asked for on {len(images_NCHW)} images with a target that "
+                f"{'runs' if target.RUNS_HERE else 'does not run'} here",
+                expected="at least one image and a target that runs here",
+                mend="Give test images, and look for the fault with another target.",
+            )
+        )
+
+
+@dataclass
 class _Comparison:
     """Relative differences by layer, each computed once."""
 
-    def __init__(
-        self,
-        source: ExportSource,
-        target: Target,
-        images_NCHW: Tensor,
-        precision: Precision,
-        num_threads: int,
-    ) -> None:
-        self.source = source
-        self.target = target
-        self.images_NCHW = images_NCHW
-        self.precision = precision
-        self.num_threads = num_threads
-        self.target_name = ""
-        self.found: dict[str, float | None] = {}
-        self.skipped: set[str] = set()
+    source: ExportSource
+    target: Target
+    images_NCHW: Tensor
+    precision: Precision
+    num_threads: int
+    target_name: str = ""
+    found: dict[str, float | None] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
 
     def relative_difference(self, name: str, *, skip: bool = True) -> float | None:
         if name in self.found or name in self.skipped:
@@ -235,6 +238,10 @@ class _Comparison:
         return self.target.export(source, folder, precision=self.precision)
 
 
+def _exceeds(difference: float | None, allowed: float) -> bool:
+    return difference is None or difference > allowed
+
+
 def _relative_difference(given_NK: Tensor, expected_NK: Tensor) -> float | None:
     if given_NK.shape != expected_NK.shape or not torch.isfinite(given_NK).all():
         return None
@@ -266,7 +273,10 @@ def unsupported_operator(
         except ModelError:
             return None
 
-    name = layer_graph(portable, image_shape).first_failing(fails)
+    with one_way(portable) as is_averaged:
+        name = OUTPUT
+        if not is_averaged or fails(OUTPUT):
+            name = layer_graph(portable, image_shape).first_failing(fails)
     kind = type(portable.get_submodule(_path(name))).__name__
     where = f"layer {name} ({kind})" if name != OUTPUT else f"the model ({kind})"
     return ModelError(

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from understudy.errors import InputError, ModelError, problem
 from understudy.export.exit_graph import EXIT_NAME, only_exit, with_choice
 from understudy.export.onnx_file import (
-    DEFAULT_OPSET,
     OUTPUT_NAME,
     OnnxFacts,
     build_proto,
@@ -31,6 +30,7 @@ from understudy.export.onnx_file import (
     read_onnx_facts,
     write_proto,
 )
+from understudy.export.target_names import DEFAULT_OPSET
 from understudy.heads.exits import ExitNetwork
 
 ImageShape = tuple[int, int, int]

@@ -27,12 +27,10 @@ from torch import Tensor, nn
 
 from understudy.artifacts import write_bytes
 from understudy.errors import InputError, ModelError, problem
+from understudy.export.target_names import DEFAULT_OPSET
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
-# The set that the exporter's own operators are written in, and the one most runtimes read
-# (ONNX Runtime since 1.14, February 2023).
-DEFAULT_OPSET = 18
 OPSETS = range(18, 24)
 MAX_FILE_BYTES = 2**31 - 1
 

@@ -20,7 +20,8 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from understudy.errors import InputError, problem
-from understudy.export.onnx_file import DEFAULT_OPSET, build_proto, portable_copy, strip
+from understudy.export.onnx_file import build_proto, portable_copy, strip
+from understudy.export.target_names import DEFAULT_OPSET
 
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
 CALIBRATION_METHODS = ("minmax", "percentile", "entropy")
@@ -61,6 +62,7 @@ def static_int8_proto(
     float_layers: Sequence[str] = (),
     method: CalibrationMethod = "minmax",
     percentile: float = DEFAULT_PERCENTILE,
+    opset: int = DEFAULT_OPSET,
 ) -> onnx.ModelProto:
     """Return the int8 graph of a trained float model, calibrated on images after training.
 
@@ -71,6 +73,7 @@ def static_int8_proto(
         method: how an activation's range is found: its extremes, extremes without the tails, or
             the range whose rounding keeps the distribution nearest (Migacz 2017).
         percentile: for "percentile": share of values kept, in percent.
+        opset: of ONNX.
 
     Raises:
         InputError: no images, an unknown method or layer.
@@ -78,21 +81,23 @@ def static_int8_proto(
     """
     _check_request(model, calibration_NCHW, image_shape, float_layers, method)
     example_NCHW = torch.full((2, *image_shape), 0.5)
-    proto = build_proto(portable_copy(model), example=example_NCHW, opset=DEFAULT_OPSET)
+    proto = build_proto(portable_copy(model), example=example_NCHW, opset=opset)
     excluded = float_nodes(proto, float_layers)
     _require_int8_layers(proto, excluded, float_layers)
     quantized = _quantize(proto, calibration_NCHW, excluded, method=method, percentile=percentile)
     return finish_int8(quantized)
 
 
-def aware_int8_proto(quantized: nn.Module, image_shape: tuple[int, int, int]) -> onnx.ModelProto:
+def aware_int8_proto(
+    quantized: nn.Module, image_shape: tuple[int, int, int], *, opset: int = DEFAULT_OPSET
+) -> onnx.ModelProto:
     """Return the int8 graph of a network that torchao's ``convert_pt2e`` made.
 
     Raises:
         ModelError: an operator that ONNX cannot express.
     """
     example_NCHW = torch.full((2, *image_shape), 0.5)
-    return finish_int8(build_proto(quantized, example=example_NCHW, opset=DEFAULT_OPSET))
+    return finish_int8(build_proto(quantized, example=example_NCHW, opset=opset))
 
 
 def finish_int8(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.errors import InputError, MissingExtraError, problem
-from understudy.export.target_names import TARGETS
+from understudy.export.target_names import DEFAULT_OPSET, TARGETS
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -44,6 +44,7 @@ class ExportSource:
             Targets that read ONNX use it for int8; the others quantise ``model`` themselves.
         float_layers: names of modules of ``model`` that stay in float32 in an int8 file.
         metadata: entries for formats that carry them, such as {"recipe_hash": ...}.
+        opset: of ONNX files that ship.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class ExportSource:
     quantized: GraphModule | None = None
     float_layers: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    opset: int = DEFAULT_OPSET
 
     def calibration(self, target: str) -> Tensor:
         """Return the calibration images, or say that int8 needs them."""

@@ -14,3 +14,8 @@ TARGETS: dict[str, str] = {
     "c": "c",
     "web": "web",
 }
+# Formats whose tools here make no int8.
+FLOAT_TARGETS = frozenset({"ncnn"})
+# Of ONNX files: the set that the exporter's own operators are written in, and the one that most
+# runtimes read (ONNX Runtime since 1.14, February 2023).
+DEFAULT_OPSET = 18

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from understudy.errors import InputError, ModelError, problem
 from understudy.export.onnx_file import (
-    DEFAULT_OPSET,
     METADATA_PREFIX,
     OnnxFacts,
     portable_copy,
@@ -30,6 +29,7 @@ from understudy.export.onnx_file import (
 )
 from understudy.export.onnx_run import open_session, run_images
 from understudy.export.parity import BATCH_SIZE, DEFAULT_TOLERANCE, NUM_SINGLE_IMAGES, Parity
+from understudy.export.target_names import DEFAULT_OPSET
 from understudy.heads.tasks import Trunk, trial_images
 
 EMBEDDING_NAME = "embedding"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from understudy.models.paper import PaperStudent, PaperTeacher
 from understudy.models.resnet import ResNet
 from understudy.models.separable import SeparableNet
 
-__all__ = ["NormalizedModel", "build_network", "check_model", "check_network"]
+__all__ = ["NormalizedModel", "build_network", "check_model", "check_network", "one_way"]
 
 ColorOrder = Literal["rgb", "bgr", "gray"]
 ImageShape = tuple[int, int, int]
@@ -298,6 +299,23 @@ class NormalizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"color_order={self.color_order!r}, flip_average={self.flip_average}"
+
+
+@contextlib.contextmanager
+def one_way(model: nn.Module) -> Iterator[bool]:
+    """Take pictures as they are, without their mirror images, for as long as this lasts.
+
+    What looks into a network then finds as many features in its layers as there are pictures.
+    Yields whether the model, or a part of it, averages over both otherwise.
+    """
+    parts = [m for m in model.modules() if isinstance(m, NormalizedModel) and m.flip_average]
+    for part in parts:
+        part.flip_average = False
+    try:
+        yield bool(parts)
+    finally:
+        for part in parts:
+            part.flip_average = True
 
 
 def _is_channels_last(images_NCHW: Tensor) -> bool:

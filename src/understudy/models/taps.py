@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.errors import ModelError, problem
-from understudy.models.build import NormalizedModel
+from understudy.models.build import NormalizedModel, one_way
 from understudy.models.embedding import (
     ClassifierCall,
     classifier_hook,
@@ -305,11 +305,11 @@ def _trial_images(model: nn.Module, image_shape: ImageShape) -> Tensor:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random numbers are put back."""
+    """Evaluation without gradients and mirror images; flags and random numbers are put back."""
     training = {module: module.training for module in model.modules()}
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), one_way(model):
             model.eval()
             yield
     finally:

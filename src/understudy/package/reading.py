@@ -123,7 +123,7 @@ def read_package(path: Path, *, max_bytes: int = MAX_PACKAGE_BYTES) -> Package:
     raise InputError(
         problem(
             given,
-            expected="a package as `understudy package` writes it, a folder or a zip",
+            expected="a package as `understudy release` writes it, a folder or a zip",
             mend="Check the path; an incomplete download is not a zip either.",
         )
     )
@@ -321,7 +321,7 @@ def _check_total(manifest: Manifest, max_bytes: int, *, where: Path) -> None:
 def _no_manifest(where: Path) -> str:
     return problem(
         f"{where} has no {MANIFEST_NAME} at its top",
-        expected="a package as `understudy package` writes it",
+        expected="a package as `understudy release` writes it",
         mend="Name the folder or zip that holds the manifest itself.",
     )
 

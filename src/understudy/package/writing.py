@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 import understudy
-from understudy.artifacts import atomic_path, file_hash
+from understudy.artifacts import ASIDE_NAME, atomic_path, file_hash
 from understudy.errors import InputError, problem
 from understudy.package import c_runner
 from understudy.package.card import CARD_NAME, ModelCard, render_card
@@ -111,8 +111,7 @@ def write_package(
     """
     # Through a link, so that what it points to is replaced and not the link.
     target = Path(target).resolve()
-    is_zip = target.suffix.lower() == ".zip"
-    _check_target(target, is_zip=is_zip, overwrite=overwrite)
+    is_zip = check_package_path(target, overwrite=overwrite)
     _check_artifacts(artifacts, contents)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
@@ -126,7 +125,7 @@ def write_package(
         if is_zip:
             _write_zip(target, staged, manifest)
         else:
-            _move(staged, target, aside=part / "replaced")
+            _move(staged, target, aside=part / ASIDE_NAME)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return manifest
@@ -327,7 +326,27 @@ def _name(artifact: ArtifactFiles) -> str:
     return f"{artifact.target}-{artifact.precision}"
 
 
-def _check_target(target: Path, *, is_zip: bool, overwrite: bool) -> None:
+def check_package_path(target: Path, *, overwrite: bool) -> bool:
+    """Return whether a package of this name is a zip; raise InputError where none can be written.
+
+    Args:
+        overwrite: a package may be there already. What is not a package is never replaced.
+    """
+    is_zip = target.suffix.lower() == ".zip"
+    above = next(path for path in target.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise InputError(
+            problem(
+                f"{target} cannot be a package: {above} is a file",
+                expected="a path where a folder or zip can be made",
+                mend="Choose another name.",
+            )
+        )
+    _check_free(target, is_zip=is_zip, overwrite=overwrite)
+    return is_zip
+
+
+def _check_free(target: Path, *, is_zip: bool, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not is_zip and not any(target.iterdir())):
         return
     is_package = target.is_file() if is_zip else (target / MANIFEST_NAME).is_file()

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from understudy.artifacts import RECORD_NAME, Record
-from understudy.evaluate.budget import Budget, BudgetFacts, BudgetRow, check_budget
-from understudy.evaluate.devices import Device, device_budget, estimate_time, facts_for
+from understudy.evaluate.budget import BudgetFacts, BudgetRow, check_budget
+from understudy.evaluate.devices import Device, estimate_time, facts_for
 from understudy.recipes.artifact_energy import device_of
-from understudy.recipes.artifacts import artifact_kind, wanted_artifacts
+from understudy.recipes.artifacts import artifact_kind, release_budget, wanted_artifacts
+from understudy.recipes.chain import earlier_seconds
 from understudy.recipes.compress import KIND
 from understudy.recipes.compressed import last_network
 from understudy.recipes.run import Run
@@ -33,11 +34,19 @@ def artifact_budgets(run: Run) -> dict[str, list[BudgetRow]]:
     }
 
 
-def release_budget(run: Run) -> Budget:
-    """Return the limits of the recipe, and of its device where the recipe has none."""
-    device = device_of(run)
-    own = run.recipe.budget.model_dump(exclude_none=True)
-    return Budget.model_validate({**({} if device is None else device_budget(device)), **own})
+def shipped_budget(run: Run) -> dict[str, dict[str, Any]]:
+    """Return for each limit the row of the artifact that comes closest to missing it, or does.
+
+    Limits that no artifact was measured for are not in it; before a release there is none.
+    """
+    worst: dict[str, tuple[bool, float, dict[str, Any]]] = {}
+    for kind, rows in artifact_budgets(run).items():
+        for row in rows:
+            share = (row.status == "failed", row.measured or 0.0)
+            if row.status != "not_measured" and share >= worst.get(row.name, (False, -1.0))[:2]:
+                detail = f"{row.detail}, {kind.removeprefix('artifact-')}"
+                worst[row.name] = (*share, {**row.to_json(), "detail": detail})
+    return {name: values for name, (_, _, values) in worst.items()}
 
 
 def artifact_budget(run: Run, record: Record) -> list[BudgetRow]:
@@ -45,12 +54,13 @@ def artifact_budget(run: Run, record: Record) -> list[BudgetRow]:
     device, payload, timing = device_of(run), record.payload, record.timing
     chip = chip_facts(timing, device)
     energy = timing.get("energy") or {}
+    seconds = run.parent("student", "train").timing["train_seconds"] + earlier_seconds(run)
     facts = BudgetFacts(
         num_params=payload["num_params"],
         model_size_bytes=payload["size_bytes"],
         measurements=rows_of_latency(timing),
         peak_memory_bytes=timing.get("memory", {}).get("peak_memory_bytes"),
-        train_hours=run.parent("student", "train").timing["train_seconds"] / 3600,
+        train_hours=seconds / 3600,
         flash_bytes=chip.get("flash_bytes"),
         ram_bytes=ram_of(chip, payload["facts"]),
         energy_mj=energy.get("energy_mj") if energy.get("method") == "counter" else None,

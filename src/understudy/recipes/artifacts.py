@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from understudy.artifacts import Record
-from understudy.errors import ParityError, UnderstudyError, problem
+from understudy.errors import InputError, ParityError, problem
 from understudy.evaluate.accuracy import evaluate_logits
+from understudy.evaluate.budget import Budget
+from understudy.evaluate.devices import device_budget
 from understudy.evaluate.latency import measure_latency
 from understudy.evaluate.memory import measure_memory
 from understudy.export.artifact_parity import ArtifactParity, check_artifact_parity
@@ -25,7 +28,7 @@ from understudy.export.target import (
 )
 from understudy.models.cost import model_cost
 from understudy.progress import log, shown_progress
-from understudy.recipes.artifact_energy import energy_of
+from understudy.recipes.artifact_energy import device_of, energy_of
 from understudy.recipes.compressed import Network, export_source, last_network
 from understudy.recipes.run import Run
 
@@ -38,12 +41,28 @@ def artifact_kind(target: str, precision: str) -> str:
     return f"artifact-{target}-{precision}"
 
 
-def wanted_artifacts(run: Run, network: Network) -> list[tuple[str, Precision]]:
-    """Return target and precision of everything that the recipe ships.
+def artifact_of(run: Run, record: Record) -> Artifact:
+    """Return the files of a record."""
+    names = {field.name for field in dataclasses.fields(Artifact)} - {"folder"}
+    values = {name: record.payload[name] for name in names}
+    values |= {"files": tuple(values["files"]), "notes": tuple(values["notes"])}
+    return Artifact(folder=run.folder / record.kind, **values)
 
-    Raises:
-        InputError: a target has no such precision.
+
+def release_budget(run: Run) -> Budget:
+    """Return the limits of the recipe, and of its device where the recipe has none.
+
+    What is not measured fails if either of the two is strict.
     """
+    device, own = device_of(run), run.recipe.budget
+    limits = {} if device is None else device_budget(device)
+    strict = own.strict or limits.get("strict", False)
+    own_limits = own.model_dump(exclude_none=True)
+    return Budget.model_validate({**limits, **own_limits, "strict": strict})
+
+
+def wanted_artifacts(run: Run, network: Network) -> list[tuple[str, Precision]]:
+    """Return target and precision of everything that the recipe ships."""
     wanted: list[tuple[str, Precision]] = []
     for text in run.recipe.release.targets:
         name, _, precision = text.partition("/")
@@ -55,6 +74,7 @@ def make_artifacts(run: Run, compressed: Record) -> list[Record]:
     """Return the record of every artifact of the recipe.
 
     Raises:
+        InputError: a target has no such precision.
         MissingExtraError: a target's package is not installed; nothing is lost.
         ModelError: an operator that a target lacks, with its layer.
         ParityError: files that do not compute what the network computes, with the first layer
@@ -62,22 +82,20 @@ def make_artifacts(run: Run, compressed: Record) -> list[Record]:
     """
     network = last_network(compressed)
     wanted = wanted_artifacts(run, network)
-    source: ExportSource | None = None
-    records = []
     for name, precision in wanted:
-        target = find_target(name)
-        if precision not in target.PRECISIONS:
-            raise UnderstudyError(
+        if precision not in find_target(name).PRECISIONS:
+            raise InputError(
                 problem(
                     f"the target {name} cannot be {precision}",
-                    expected=f"{name}/{' or '.join(target.PRECISIONS)}",
+                    expected=f"{name}/{' or '.join(find_target(name).PRECISIONS)}",
                     mend="Correct release.targets.",
                 )
             )
-        if source is None:
-            source = export_source(run, network)
-        records.append(make_artifact(run, compressed, source, target, name, precision))
-    return records
+    source = export_source(run, network)
+    return [
+        make_artifact(run, compressed, source, find_target(name), name, precision)
+        for name, precision in wanted
+    ]
 
 
 def make_artifact(
@@ -89,10 +107,11 @@ def make_artifact(
     precision: Precision,
 ) -> Record:
     """Return the record of one artifact, made now unless it was finished."""
+    device, limits = device_of(run), release_budget(run).model_dump(mode="json")
     section = run.recipe.section("measurement", "export") | {
         "min_agreement": run.recipe.release.min_agreement,
-        "device": run.recipe.release.device,
-        "latency": run.recipe.section("budget")["budget"]["latency_ms"],
+        "device": None if device is None else device.model_dump(mode="json"),
+        "latency": limits["latency_ms"],
     }
     stage = run.begin(
         artifact_kind(name, precision),
@@ -112,7 +131,7 @@ def make_artifact(
         logits_NK, parity, timing = in_browser(run, source, artifact)
     elif target.RUNS_HERE:
         parity = proved(run, source, target, artifact)
-        logits_NK = test_logits(run, artifact)
+        logits_NK = answers(run, artifact, run.splits.test)
         timing = measured(run, source, artifact)
     if logits_NK is not None:
         labels_N = run.source.labels_N[run.splits.test]
@@ -170,21 +189,21 @@ def proved(run: Run, source: ExportSource, target: Target, artifact: Artifact) -
     )
 
 
-def test_logits(run: Run, artifact: Artifact) -> Tensor:
-    """Return the files' own answers on the whole test split."""
-    indices_N, answers = run.splits.test, []
+def answers(run: Run, artifact: Artifact, indices_N: Tensor) -> Tensor:
+    """Return the files' own logits_NK of the pictures at ``indices_N``."""
+    found: list[Tensor] = []
     running = open_artifact(artifact)
-    with shown_progress(f"test pictures in {artifact.target}/{artifact.precision}") as progress:
+    with shown_progress(f"pictures in {artifact.target}/{artifact.precision}") as progress:
         for images_NCHW in run.source.iter_images(torch.split(indices_N, BATCH_SIZE)):
-            answers.append(run_artifact(running, images_NCHW))
-            progress(sum(map(len, answers)), len(indices_N))
-    return torch.cat(answers)
+            found.append(run_artifact(running, images_NCHW))
+            progress(sum(map(len, found)), len(indices_N))
+    return torch.cat(found)
 
 
 def measured(run: Run, source: ExportSource, artifact: Artifact) -> dict[str, Any]:
     """Return times and memory in a process of its own, and what a target adds to that."""
     images_NCHW = run.source.images(run.splits.test[:BATCH_SIZE]).numpy()
-    options, limit = run.recipe.measurement, run.recipe.budget.latency_ms
+    options, limit = run.recipe.measurement, release_budget(run).latency_ms
     # One at a time, a batch is so many runs; the interpreters of microcontrollers are slow here.
     batch_sizes = set(options.batch_sizes) if artifact.batch == "any" else {1}
     num_threads: set[Any] = set(options.num_threads or (1, "all"))

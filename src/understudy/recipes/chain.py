@@ -51,7 +51,8 @@ def chained(run: Run) -> Run:
     common |= {"finetuning": None, "exits": None, "heads": {}}
     steps: list[Run] = []
     for number, model in enumerate(models[:-1], start=first):
-        changes = {**common, "teacher": teacher, "student": StudentSection(model=model)}
+        student = StudentSection(model=model, flip_average=recipe.student.flip_average)
+        changes = {**common, "teacher": teacher, "student": student}
         step = derived_run(run, changes, name=f"{number}-{kind}", steps=tuple(steps))
         steps.append(step)
         teacher = TeacherSection(model=model, checkpoint=step.folder / "student" / WEIGHTS_NAME)

@@ -44,6 +44,12 @@ class State:
     budget: list[dict[str, Any]]
 
 
+def check_guidance(run: Run) -> None:
+    """Raise InputError where a step has nothing to learn from; to be known before training."""
+    for step in run.recipe.compression.steps:
+        is_guided(run, step)
+
+
 def compress(run: Run) -> Record:
     """Run every step of the recipe; return the record of what is left.
 
@@ -52,8 +58,7 @@ def compress(run: Run) -> Record:
             calibration pictures.
     """
     steps = run.recipe.compression.steps
-    for step in steps:
-        is_guided(run, step)  # before hours of training
+    check_guidance(run)
     state = trained_student(run)
     first, records = state.record, []
     for number, step in enumerate(steps, start=1):

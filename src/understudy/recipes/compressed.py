@@ -83,6 +83,7 @@ def export_source(run: Run, network: Network) -> ExportSource:
         calibration_NCHW=calibration_images(run),
         float_layers=network.float_layers,
         metadata={"recipe_hash": content_hash(run.asked.model_dump(mode="json"))},
+        opset=run.recipe.export.opset,
     )
     if network.aware is None:
         return source

@@ -164,9 +164,9 @@ def fitting_candidates(run: Run, plan: DesignPlan) -> list[Candidate]:
     that goes on has the candidates that it began with.
     """
     path = run.folder / CANDIDATES_NAME
-    key = content_hash(
-        [asdict(plan) | {"epochs": None}, run.recipe.section("seed", "data", "budget", "training")]
-    )
+    sections = run.recipe.section("seed", "data", "budget", "training")
+    sections["flip_average"] = run.recipe.student.flip_average  # which costs multiply-adds
+    key = content_hash([asdict(plan) | {"epochs": None}, sections])
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"key": None}
     goes_on = kept["key"] == key
     found = [Candidate(**values) for values in kept["candidates"]] if goes_on else []
@@ -261,7 +261,10 @@ def training_run(run: Run, values: dict[str, Any], candidate: Candidate, rung: R
     schedule = training["learning_rate_schedule"]
     changed = values | {
         "name": f"candidate-{candidate.number:04d}",
-        "student": {"model": {"name": candidate.name, "arguments": candidate.arguments}},
+        "student": {
+            "model": {"name": candidate.name, "arguments": candidate.arguments},
+            "flip_average": run.recipe.student.flip_average,
+        },
         "views": values["views"]
         | {"num_views": min(values["views"]["num_views"], rung.num_epochs)},
         "finetuning": None,

@@ -12,6 +12,7 @@ from understudy.recipes.label import teacher_source
 from understudy.recipes.run import Run
 from understudy.recipes.teaching import student_objective
 from understudy.recipes.train import validation_metrics
+from understudy.train.distill_settings import DistillSettings
 from understudy.train.feed import Feed
 from understudy.train.loss_table import LOSSES
 from understudy.train.objective import LabelObjective, Objective
@@ -22,7 +23,8 @@ def is_guided(run: Run, step: PruneStep | QuantizeStep) -> bool:
     """Return whether the teacher guides a step's training.
 
     Raises:
-        InputError: the step asks for a teacher, and there is none that knows the task before.
+        InputError: the step asks for a teacher, and there is none that knows the task before; or
+            nothing that a network in int8 can learn from is left.
     """
     if step.guidance == "teacher" and not run.teaches_first:
         raise InputError(
@@ -33,7 +35,26 @@ def is_guided(run: Run, step: PruneStep | QuantizeStep) -> bool:
                 mend="Leave `guidance` out.",
             )
         )
-    return run.teaches_first if step.guidance is None else step.guidance == "teacher"
+    is_guided = run.teaches_first if step.guidance is None else step.guidance == "teacher"
+    if is_guided and isinstance(step, QuantizeStep) and step.training is not None:
+        teaching = logits_alone(run.recipe.distillation)
+        if not teaching.losses and teaching.kl_weight == 0 and teaching.ce_weight == 0:
+            raise InputError(
+                problem(
+                    "quantisation-aware training is to learn from losses on features alone "
+                    f"({', '.join(run.recipe.distillation.losses)}), which a network in int8 "
+                    "does not give",
+                    expected="a loss on logits besides",
+                    mend="Set `guidance: labels` for this step, or kl_weight or ce_weight above 0.",
+                )
+            )
+    return is_guided
+
+
+def logits_alone(teaching: DistillSettings) -> DistillSettings:
+    """Return what is left of the losses for a network that has no layers to look into."""
+    kept = {name: loss for name, loss in teaching.losses.items() if LOSSES[name].reads == "logits"}
+    return teaching.model_copy(update={"losses": kept})
 
 
 def further_plan(
@@ -60,7 +81,6 @@ def further_plan(
     if guided:
         teaching = run.recipe.distillation
         if isinstance(step, QuantizeStep):
-            kept = {n: loss for n, loss in teaching.losses.items() if LOSSES[n].reads == "logits"}
-            teaching = teaching.model_copy(update={"losses": kept})
+            teaching = logits_alone(teaching)
         objective = student_objective(run, model, teaching)
     return TrainPlan(feed, objective, settings, validation_metrics(run), folder)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from understudy.artifacts import exclusive
+from understudy.artifacts import clear_part, exclusive
 from understudy.errors import InputError, problem
 from understudy.progress import log
 from understudy.recipes.chain import chained, require_steps
@@ -68,8 +68,9 @@ def working(run: Run, command: str = "resume") -> Iterator[None]:
 def start(run: Run) -> None:
     """Prepare this process and write the recipe down, so that the folder can be resumed."""
     use_threads(run.recipe.device.num_threads)
-    for leftover in run.folder.rglob(".*.part"):
-        leftover.unlink()  # of a process that was killed while it wrote
+    for leftover in list(run.folder.rglob(".*.part")):  # of a process that was killed
+        if leftover.exists():  # it is not in one that went with its folder
+            clear_part(leftover)
     save_recipe(run.asked, run.folder)
 
 

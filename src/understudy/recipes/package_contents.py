@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safetensors.torch import load_file
+from torch import Tensor
 
 from understudy import __version__
 from understudy.artifacts import Record
+from understudy.evaluate.accuracy import evaluate_logits, predict_logits
 from understudy.evaluate.budget import BudgetRow
 from understudy.package.card import ModelCard, ScoreRow
 from understudy.package.statistics import reference_statistics
 from understudy.package.writing import PackageContents
+from understudy.recipes.artifacts import answers, artifact_of
+from understudy.recipes.compress import KIND
+from understudy.recipes.compressed import export_source, last_network
 from understudy.recipes.compression_report import single_picture
-from understudy.recipes.evaluate import LOGITS_NAME
 from understudy.recipes.members import teacher_name
 from understudy.recipes.networks import model_section
 from understudy.recipes.run import Run
@@ -26,7 +29,7 @@ def package_contents(
     """Return the contents of a release's package; equal runs give equal contents."""
     indices_N = run.splits.validation
     images_NCHW = run.source.images(indices_N).numpy()
-    logits_NK = load_file(run.folder / "evaluation" / LOGITS_NAME)["student.validation"].numpy()
+    logits_NK = shipped_logits(run, records, indices_N).numpy()
     resized = run.recipe.data.image_size is not None
     return PackageContents(
         name=run.recipe.name,
@@ -39,6 +42,40 @@ def package_contents(
         resize="stretch" if resized else "shorter_side_center_crop",
         measured={artifact_name(record): measured_facts(record) for record in records},
     )
+
+
+def shipped_first(records: Sequence[Record]) -> Record:
+    """Return the artifact that a package speaks of: the first one that was run here, if any was."""
+    return next((record for record in records if record.payload["metrics"]), records[0])
+
+
+def shipped_logits(run: Run, records: Sequence[Record], indices_N: Tensor) -> Tensor:
+    """Return logits_NK of what ships: by the files themselves where they run in a process here.
+
+    Otherwise (a page, a format of another system) by the same network in PyTorch.
+    """
+    shipped = shipped_first(records)
+    if shipped.payload["metrics"] and shipped.payload["target"] != "web":
+        return answers(run, artifact_of(run, shipped), indices_N)
+    source = export_source(run, last_network(Record.load(run.folder / KIND)))
+    network: Any = source.model
+    if shipped.payload["precision"] == "int8" and source.quantized is not None:
+        network = source.quantized
+    return predict_logits(lambda images: network(images.float() / 255), run.source, indices_N)
+
+
+def shipped_metrics(run: Run, records: Sequence[Record]) -> dict[str, Any]:
+    """Return the scores of what ships on the test split."""
+    found: dict[str, Any] | None = shipped_first(records).payload["metrics"]
+    if found is not None:
+        return found
+    indices_N = run.splits.test
+    metrics = evaluate_logits(
+        shipped_logits(run, records, indices_N),
+        run.source.labels_N[indices_N],
+        class_names=run.source.class_names,
+    )
+    return metrics.to_json()
 
 
 def artifact_name(record: Record) -> str:
@@ -69,8 +106,10 @@ def model_card(
     recipe, source = run.recipe, run.source
     evaluation = run.parent("evaluation", "evaluate").payload
     split = run.parent("split", "teach").payload
-    shipped = next((record for record in records if record.payload["metrics"]), records[0])
-    metrics = shipped.payload["metrics"] or evaluation["metrics"]["student"]["test"]
+    shipped, metrics = shipped_first(records), shipped_metrics(run, records)
+    scores_of = {"test accuracy": metrics["accuracy"], "test samples": metrics["num_samples"]}
+    if not shipped.payload["metrics"]:
+        scores_of["measured in"] = "PyTorch: nothing here runs these files"
     costs = evaluation["costs"]
     teacher: dict[str, Any] = {"network": "none"}
     if run.teachers:
@@ -99,7 +138,7 @@ def model_card(
             "parameters": shipped.payload["num_params"],
             "shipped first": artifact_name(shipped),
         },
-        metrics={"test accuracy": metrics["accuracy"], "test samples": metrics["num_samples"]},
+        metrics=scores_of,
         per_class=[ScoreRow(name, accuracy, number) for name, accuracy, number in scores],
         calibration={
             "expected calibration error": metrics["ece"],

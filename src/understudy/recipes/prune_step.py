@@ -105,6 +105,7 @@ def made(
         stage.folder / FILE_NAME,
         image_shape=run.source.image_shape,
         class_names=run.source.class_names,
+        opset=run.recipe.export.opset,
     )
     size = network_size(model, run.source.images(run.splits.train[:2]))
     return Made(

@@ -48,7 +48,8 @@ def section_tables(
     """
     title = f"`{path}`" if path else "Top level"
     if section in (*STRATEGIES.values(), *STEPS.values()):
-        title += f" with `name: {section.model_fields['name'].default}`"
+        (name,) = typing.get_args(section.model_fields["name"].annotation)
+        title += f" with `name: {name}`"
     if section is Schedule and section in seen:
         return []
     if section in seen:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from understudy.artifacts import Record
-from understudy.export.target import Artifact
 from understudy.package.writing import write_package
 from understudy.progress import log
 from understudy.recipes.artifact_budget import artifact_budgets
-from understudy.recipes.artifacts import make_artifacts
+from understudy.recipes.artifacts import artifact_of, make_artifacts
 from understudy.recipes.compress import compress
 from understudy.recipes.package_contents import package_contents
 from understudy.recipes.report import Outcome, report
@@ -33,14 +30,14 @@ class Release:
     budget_missed: bool
 
 
-def release(run: Run, target: Path | None) -> Release:
+def release(run: Run, path: Path) -> Release:
     """Compress, export, prove, measure and pack the student of a run that was evaluated.
 
     The package is written where every artifact keeps the budget; otherwise the artifacts stay in
     the run folder and the report says what is over.
 
     Args:
-        target: a folder, or a file ending in ``.zip``; None: ``release`` in the run folder.
+        path: a folder, or a file ending in ``.zip``.
     """
     records = make_artifacts(run, compress(run))
     rows = artifact_budgets(run)
@@ -49,7 +46,6 @@ def release(run: Run, target: Path | None) -> Release:
     if missed:
         log.warning("the budget is missed: nothing is packed; see %s", outcome.page)
         return Release(outcome, None, True)
-    path = run.folder / "release" if target is None else target
     write_package(
         path,
         [artifact_of(run, record) for record in records],
@@ -58,11 +54,3 @@ def release(run: Run, target: Path | None) -> Release:
     )
     log.info("package: %s", path)
     return Release(outcome, path, False)
-
-
-def artifact_of(run: Run, record: Record) -> Artifact:
-    """Return the files of a record."""
-    names = {field.name for field in dataclasses.fields(Artifact)} - {"folder"}
-    values = {name: record.payload[name] for name in names}
-    values |= {"files": tuple(values["files"]), "notes": tuple(values["notes"])}
-    return Artifact(folder=run.folder / record.kind, **values)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from understudy.errors import InputError
 from understudy.evaluate.devices import load_device
-from understudy.export.target_names import TARGETS
+from understudy.export.target_names import FLOAT_TARGETS, TARGETS
 from understudy.settings import Section
 
 
@@ -64,6 +64,8 @@ class ReleaseSection(Section):
                 raise ValueError(f"no target '{name}': expected one of {', '.join(TARGETS)}")
             if slash and precision not in ("float32", "int8"):
                 raise ValueError(f"no precision '{precision}': expected float32 or int8")
+            if name in FLOAT_TARGETS and precision == "int8":
+                raise ValueError(f"the target {name} cannot be int8: expected {name}/float32")
         if len(set(targets)) != len(targets):
             raise ValueError("a target is named twice")
         return targets

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_valid
 from understudy.compress.settings import STEPS, CompressionSection
 from understudy.errors import RecipeError, problem
 from understudy.evaluate.budget import Budget
+from understudy.export.target_names import DEFAULT_OPSET, FLOAT_TARGETS
 from understudy.recipes.exit_settings import ExitsSection
 from understudy.recipes.head_settings import HeadSettings, TaskName
 from understudy.recipes.rank_settings import CandidateName, ProbeSection
@@ -46,7 +47,7 @@ class LabellingSection(Section):
 class ExportSection(Section):
     """The file that ships, and how closely it must compute what the model computes."""
 
-    opset: Annotated[int, Field(ge=18, le=24)] = 18
+    opset: Annotated[int, Field(ge=18, le=23)] = DEFAULT_OPSET
     parity_tolerance: Annotated[
         float, Field(gt=0, description="Largest difference of a logit, relative to their scale.")
     ] = 1e-3
@@ -137,6 +138,12 @@ class Recipe(Section):
                 "a student with a checkpoint is not trained: set control to false and drop "
                 "finetuning"
             )
+        if self.compression.quantizes:
+            problems += [
+                f"the compressed student is int8, which the target {name} cannot be: name it as "
+                f"{name}/float32"
+                for name in FLOAT_TARGETS.intersection(self.release.targets)
+            ]
         if self.student.flip_average and (self.heads or self.exits is not None):
             problems.append(
                 "student.flip_average averages the logits of one classifier at the end: set it to "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from understudy.export.c_network import generate_network
 from understudy.export.c_project import make_vector, write_project
 from understudy.export.target import Artifact, ExportSource, Precision, find_target
+from understudy.export.target_names import DEFAULT_OPSET
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
 RUNS_HERE = True
@@ -24,7 +26,9 @@ def export(source: ExportSource, folder: Path, *, precision: Precision) -> Artif
         MissingExtraError, ModelError: as ``generate_network`` and the ONNX target.
     """
     with tempfile.TemporaryDirectory(prefix="understudy-") as onnx_folder:
-        artifact = find_target("onnx").export(source, Path(onnx_folder), precision=precision)
+        artifact = find_target("onnx").export(
+            replace(source, opset=DEFAULT_OPSET), Path(onnx_folder), precision=precision
+        )
         network = generate_network(artifact.path)
         vector = make_vector(
             artifact.path, source.image_shape, source.calibration_NCHW, precision=precision

@@ -41,6 +41,7 @@ def export(
             path,
             image_shape=source.image_shape,
             class_names=source.class_names,
+            opset=source.opset,
             metadata=source.metadata,
         )
     else:
@@ -51,7 +52,7 @@ def export(
 
 def _export_int8(source: ExportSource, path: Path, calibration: CalibrationMethod) -> None:
     if source.quantized is not None:
-        proto = aware_int8_proto(source.quantized, source.image_shape)
+        proto = aware_int8_proto(source.quantized, source.image_shape, opset=source.opset)
     else:
         proto = static_int8_proto(
             source.model,
@@ -59,6 +60,7 @@ def _export_int8(source: ExportSource, path: Path, calibration: CalibrationMetho
             image_shape=source.image_shape,
             float_layers=source.float_layers,
             method=calibration,
+            opset=source.opset,
         )
     entries = file_entries(source.image_shape, source.class_names)
     write_proto(proto, path, entries=entries | dict(source.metadata))

@@ -19,7 +19,7 @@ from torch import nn
 from understudy.artifacts import write_bytes
 from understudy.errors import ModelError
 from understudy.export.divergence import unsupported_operator
-from understudy.export.onnx_file import DEFAULT_OPSET, build_proto
+from understudy.export.onnx_file import build_proto
 from understudy.export.runtimes.openvino import import_openvino
 from understudy.export.target import (
     Artifact,
@@ -29,6 +29,7 @@ from understudy.export.target import (
     open_artifact,
     require_package,
 )
+from understudy.export.target_names import DEFAULT_OPSET
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
 RUNS_HERE = True
