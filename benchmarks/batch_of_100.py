@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ from understudy.evaluate.compare import compare_artifacts
 from understudy.evaluate.eager import write_eager
 from understudy.export.onnx_file import export_onnx
 from understudy.models.build import NormalizedModel, build_network
+from understudy.recipes.files import load_recipe
 from understudy.runtime import hardware_facts, package_versions
 
 SHAPE = (3, 32, 32)
-NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "the paper's student": ("paper_student", {}),
-    "recipe cifar10": (
-        "separable",
-        {"stages": [[16, 1], [32, 2], [48, 1], [56, 2], [64, 1]]},
-    ),
-    "ResNet-8 of MLPerf Tiny": ("resnet8", {"shortcut": "conv"}),
-}
+RECIPES = ("cifar10", "cifar10_12k", "cifar10_80k", "mlperf_tiny")
+PIXELS = {"mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def networks() -> Iterator[tuple[str, str, dict[str, Any], bool]]:
+    """Yield title, network, arguments and whether mirror images are averaged."""
+    yield "the paper's student", "paper_student", {}, False
+    for recipe in RECIPES:
+        student = load_recipe(recipe).student
+        yield f"recipe {recipe}", student.model.name, student.model.arguments, student.flip_average
 
 
 def main() -> None:
@@ -39,11 +43,12 @@ def main() -> None:
     images_NCHW = np.random.default_rng(0).integers(0, 256, (200, *SHAPE), dtype=np.uint8)
     print("| network | ONNX Runtime, ms | eager PyTorch, ms | ratio (quartiles) | n |")
     print("|---|---|---|---|---|")
-    for title, (name, arguments) in NETWORKS.items():
+    for title, name, arguments, flips in networks():
+        conversions = {**PIXELS, "flip_average": flips}
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             network = build_network(name, num_classes=10, image_shape=SHAPE, arguments=arguments)
-            model = NormalizedModel(network, mean=[0.5] * 3, std=[0.25] * 3)
+            model = NormalizedModel(network, **conversions)
             path = Path(folder) / "student.onnx"
             export_onnx(model, path, image_shape=SHAPE, class_names=list("abcdefghij"))
             eager = write_eager(
@@ -52,7 +57,7 @@ def main() -> None:
                 num_classes=10,
                 image_shape=SHAPE,
                 arguments=arguments,
-                conversions={"mean": [0.5] * 3, "std": [0.25] * 3},
+                conversions=conversions,
             )
             comparison = compare_artifacts(
                 (eager, path),
