@@ -59,6 +59,14 @@ def paper(
                 mend="Correct them.",
             )
         )
+    if grid_epochs is not None and grid_epochs > epochs:
+        raise InputError(
+            problem(
+                f"--grid-epochs {grid_epochs} with --epochs {epochs}",
+                expected="grids of at most as many epochs: the student alone is one of them",
+                mend="Raise --epochs, or lower --grid-epochs.",
+            )
+        )
     section = teacher_section(teacher, vit)
     from understudy.lab.paper import ITEMS, Lab, run_items
     from understudy.lab.paper_recipes import DROPOUT_RATES, TEACHER_LAYERS, Setting

@@ -135,5 +135,14 @@ def test_wrong_input_is_one_message_each_and_starts_nothing(warm, tiny_recipe, t
     assert "`seed` is -1" in finished.err
     assert "Traceback" not in finished.err
     assert not (tmp_path / "s" / "base").exists()
+    for space, text in (
+        ("views.strength=a|b", "`views.strength` is 'a'"),
+        ("views.strength=-1..1", "`views.strength` is -1"),
+        ("strategy.name=offline|born_again", "strategy born_again, whose students are a chain"),
+    ):
+        finished = search(warm, tiny_recipe, tmp_path, "--space", space)
+        assert finished.code == 2
+        assert text in finished.err
+        assert "Traceback" not in finished.err
     assert search(warm, tiny_recipe, tmp_path, "--objective", "speed").code == 2
     assert search(warm, tiny_recipe, tmp_path, "--workers", "0").code == 2

@@ -6,14 +6,15 @@ import os
 import time
 from datetime import timedelta
 
+import optuna
 import pytest
 
 import understudy.search.study
 from understudy.errors import InputError, TrainingError
 from understudy.search.plan import Pruned, SearchPlan
-from understudy.search.results import best_of, read_results
+from understudy.search.results import best_of, importances, read_results
 from understudy.search.space import parse_space
-from understudy.search.study import open_study, prepare, trial_folder, work
+from understudy.search.study import bind, open_study, prepare, trial_folder, work
 
 SPACE = parse_space(["x=0..1", "y=1|2|4"])
 GRID = parse_space(["x=1|2|3", "y=a|b"])
@@ -218,6 +219,27 @@ def test_what_matters_has_the_larger_importance(tmp_path):
     assert shares["x"] > 0.8
     assert sum(shares.values()) == pytest.approx(1)
     assert not searched(SearchPlan(SPACE, num_trials=2), tmp_path / "few", height).importances
+
+
+def test_noise_between_equal_settings_has_no_importance(tmp_path):
+    space = parse_space(["x=1|2", "y=3"])
+    seconds = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    plan = SearchPlan(space, sampler="grid", objectives=("train_seconds",))
+    results = searched(plan, tmp_path, lambda attempt: {"train_seconds": next(seconds)})
+    assert "y" not in results.importances.get("train_seconds", {})
+    study = optuna.create_study()
+    for value in (1.0, 2.0, 3.0, 4.0):
+        study.enqueue_trial({"x": 1})
+        study.tell(study.ask({"x": optuna.distributions.CategoricalDistribution([1, 2])}), value)
+    assert importances(study, plan) == {}
+
+
+def test_trials_of_other_data_or_teachers_are_not_compared(tmp_path):
+    study = open_study(url(tmp_path), "s", SearchPlan(SPACE, num_trials=1))
+    bind(study, {"data": "a", "teacher": "b"})
+    bind(study, {"data": "a", "teacher": "b"})
+    with pytest.raises(InputError, match="a search with another teacher; expected the same"):
+        bind(study, {"data": "a", "teacher": "c"})
 
 
 def test_pruned_is_not_an_error_of_the_package():

@@ -236,7 +236,8 @@ def grid(lab: Lab, name: str, space: Mapping[str, Any]) -> dict[str, Any]:
         space=space,
         sampler="grid",
         pruner="none",
-        out=lab.run_folder(f"{name}-{lab.grid_epochs}"),
+        # A teacher that was trained on is another one, and its grid another search.
+        out=lab.run_folder(f"{name}-{lab.grid_epochs}-of-{lab.setting.num_epochs}"),
     )
     points = []
     for row in results.complete:

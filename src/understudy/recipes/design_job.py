@@ -25,7 +25,7 @@ from understudy.recipes.design import (
 from understudy.recipes.files import RECIPE_NAME, apply_change, read_recipe
 from understudy.recipes.run import Run, home_folder
 from understudy.recipes.schema import Recipe, parse_recipe
-from understudy.recipes.search_space import student_only
+from understudy.recipes.search_space import check_strategy, student_only
 from understudy.report.design_views import design_document
 from understudy.report.document import run_facts, write_document
 
@@ -51,6 +51,8 @@ def open_design(
     checked = parse_checked(values, origin=origin)
     if device is not None:
         own = checked.budget.model_dump(exclude_none=True, exclude={"strict"})
+        if checked.budget.strict:
+            own["strict"] = True
         limits = Budget.model_validate(device_budget(load_device(device)) | own)
         checked = checked.model_copy(update={"budget": limits})
     if not checked.budget.model_dump(exclude_none=True, exclude={"strict"}):
@@ -61,6 +63,8 @@ def open_design(
                 mend="For example --budget num_params=12000 --budget latency_ms=50.",
             )
         )
+    if problems := check_strategy(checked):
+        raise InputError(*problems)
     checked = parse_recipe(student_only(checked.model_dump(mode="json")))
     folder = design_folder(checked.name, out)
     if (folder / RECIPE_NAME).exists() and not (folder / TRAININGS_NAME).is_dir():

@@ -27,7 +27,7 @@ from understudy.report.document import run_facts, write_document
 from understudy.report.search_views import search_document
 from understudy.search.plan import Attempt, SearchPlan
 from understudy.search.results import SearchResults, read_results
-from understudy.search.study import open_study, prepare, work
+from understudy.search.study import bind, open_study, prepare, work
 
 BASE_NAME = "base"
 RESULTS_NAME, BEST_NAME, PAGE_NAME = "search.json", "best.yaml", "search"
@@ -58,9 +58,18 @@ class Search:
 
 def begin(search: Search, teach: Callable[[Run], None]) -> None:
     """Open the study, and load or train the teachers that all trials learn from."""
-    study = open_study(search.storage, search.study_name, search.plan)
-    teach(base_run(search))
+    study, base = open_study(search.storage, search.study_name, search.plan), base_run(search)
+    teach(base)
+    bind(study, made_from(base))
     prepare(study, search.plan, search.folder)
+
+
+def made_from(base: Run) -> dict[str, str]:
+    """Return what trials can only be compared on: the pictures and the teachers' weights."""
+    found = {"data": str(base.parent("split", "teach").payload["fingerprint"])}
+    if base.teaches_first:
+        found |= {role: base.parent(role, "teach").hash for role in base.teachers}
+    return found
 
 
 def do_trials(search: Search, train_student: TrainStudent) -> None:
@@ -165,7 +174,9 @@ def with_finished_teachers(base: Run) -> dict[str, Any]:
 def latency(run: Run, model: Any) -> dict[str, Any]:
     """Return the exported student's latency, at the budget's setting or of one picture."""
     limit = run.recipe.budget.latency_ms
-    batch, threads = (limit.batch, limit.threads) if limit is not None else (1, 1)
+    batch, threads, percentile = 1, 1, 50
+    if limit is not None:
+        batch, threads, percentile = limit.batch, limit.threads, limit.percentile
     path = run.folder / "latency" / "student.onnx"
     export_onnx(model, path, image_shape=run.source.image_shape, class_names=run.source.class_names)
     images = run.source.images(run.splits.validation[:batch]).numpy()
@@ -177,4 +188,4 @@ def latency(run: Run, model: Any) -> dict[str, Any]:
         min_seconds=run.recipe.measurement.min_seconds,
     )
     row = found.measurements[0].to_json()
-    return {"latency_ms": row["p50_ms"], "latency": row}
+    return {"latency_ms": row[f"p{percentile}_ms"], "latency": row}

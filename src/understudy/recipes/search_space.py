@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from understudy.data.view_spec import TRANSFORM_PARAMETERS, Parameter
+from understudy.data.view_spec import TRANSFORM_PARAMETERS, Parameter, check_spec
 from understudy.errors import InputError, RecipeError, problem
 from understudy.models.catalog import check_model
 from understudy.recipes.files import apply_change
@@ -77,14 +78,45 @@ def check_space(values: Mapping[str, Any], space: Space) -> None:
         problems.append(problem(given, expected="views.transforms to scale", mend=mend))
     for path, parameter in space.parameters.items():
         for value in sample_values(parameter):
+            if path == STRENGTH and not is_strength(value):
+                problems.append(
+                    problem(
+                        f"`{STRENGTH}` is {value!r}",
+                        expected="numbers from 0 up: so many times as far as the transforms go",
+                        mend="For example 0.5..1.5.",
+                    )
+                )
+                continue
             changed = with_settings(values, space.settings(first | {path: value}))
             try:
-                model = parse_recipe(changed, origin="--space").student.model
+                recipe = parse_recipe(changed, origin="--space")
+                model = recipe.student.model
                 problems += check_model(model.name, model.arguments)
+                problems += check_spec(recipe.views.spec, where=f"{path}={value}: views.transforms")
+                problems += check_strategy(recipe)
             except RecipeError as error:
                 problems += error.problems
     if problems:
         raise InputError(*dict.fromkeys(problems))
+
+
+def is_strength(value: Any) -> bool:
+    """Return whether a value can be the strength of the transforms."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value >= 0
+
+
+def check_strategy(recipe: Recipe) -> list[str]:
+    """Return the problem of a strategy that trains several networks, one after the other."""
+    if not recipe.strategy.is_chain:
+        return []
+    return [
+        problem(
+            f"a search with strategy {recipe.strategy.name}, whose students are a chain",
+            expected="a strategy that trains one student: every trial is one training",
+            mend="Search with offline or another strategy, and train the chain with what is found.",
+        )
+    ]
 
 
 def sample_values(parameter: Range | Choice) -> Sequence[Any]:

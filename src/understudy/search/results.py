@@ -141,15 +141,21 @@ def importances(study: optuna.Study, plan: SearchPlan) -> dict[str, dict[str, fl
     trials = study.get_trials(deepcopy=False, states=states)
     if len(trials) < MIN_TRIALS_FOR_IMPORTANCE:
         return {}
+    paths = set.intersection(*(set(trial.params) for trial in trials))
+    varied = sorted(p for p in paths if len({str(trial.params[p]) for trial in trials}) > 1)
     found: dict[str, dict[str, float]] = {}
     for position, name in enumerate(plan.objectives):
         values = {trial.values[position] for trial in trials}
-        if len(values) < 2:
+        if len(values) < 2 or not varied:
             continue
-        shares = optuna.importance.get_param_importances(
-            study,
-            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-            target=lambda trial, position=position: trial.values[position],
-        )
+        try:
+            shares = optuna.importance.get_param_importances(
+                study,
+                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+                params=varied,
+                target=lambda trial, position=position: trial.values[position],
+            )
+        except RuntimeError:  # its trees explain nothing, as where equal settings took other times
+            continue
         found[name] = {path: float(share) for path, share in shares.items()}
     return found

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import optuna
 
 PLAN_KEY, FOLDER_KEY, REASON_KEY, MEASURES_KEY = "plan", "folder", "reason", "measures"
+BINDING_KEY = "made_from"
 # Of a trial: the last epoch reported, whether it was asked to stop, and how often it died where.
 EPOCH_KEY, STOPPED_KEY, DEATHS_KEY = "epoch", "stopped", "deaths"
 MAX_DEATHS = 3
@@ -85,6 +86,26 @@ def open_study(storage: str, name: str, plan: SearchPlan) -> optuna.Study:
         )
     study.pruner = make_pruner(plan)
     return study
+
+
+def bind(study: optuna.Study, made_from: Mapping[str, str]) -> None:
+    """Keep in the study what its trials are made from; refuse to go on with something else.
+
+    Raises:
+        InputError: earlier trials had other data, or a teacher with other weights.
+    """
+    found = study.user_attrs.get(BINDING_KEY)
+    if found is None:
+        study.set_user_attr(BINDING_KEY, dict(made_from))
+    elif found != dict(made_from):
+        changed = [key for key in made_from if found.get(key) != made_from[key]]
+        raise InputError(
+            problem(
+                f"'{study.study_name}' is a search with another {' and '.join(changed)}",
+                expected="the same pictures and teacher weights, as its trials are compared",
+                mend="Give what was given before, or another --out.",
+            )
+        )
 
 
 def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
