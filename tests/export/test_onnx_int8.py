@@ -21,6 +21,7 @@ from understudy.export.onnx_file import file_entries, read_onnx_facts
 from understudy.export.onnx_quantize import (
     CALIBRATION_METHODS,
     CalibrationImages,
+    aware_int8_proto,
     static_int8_proto,
 )
 from understudy.export.target import Artifact, ExportSource, open_artifact, run_artifact
@@ -311,3 +312,29 @@ def test_a_model_of_several_outputs_is_a_model_error():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Twice())
     with pytest.raises(ModelError, match="returns 2 tensors"):
         prepare_qat(model, example_NCHW=make_images(4))
+
+
+def test_a_bias_beside_a_dead_input_stays_what_it_is():
+    """ONNX Runtime would write it in int32 in units that it does not fit, and answer nonsense."""
+    torch.manual_seed(0)
+    arguments = {"stem": [16, 1], "blocks": [[16, 1, 1, 3, 2], [16, 1, 1, 3]], "squeeze": 4}
+    network = build_network("inverted", num_classes=10, image_shape=(3, 8, 8), arguments=arguments)
+    for name, parameter in network.named_parameters():
+        if ".reduce." in name:  # the squeezed channels are 0 for every picture
+            torch.nn.init.constant_(parameter, -1.0)
+        elif name.endswith(".expand.bias"):
+            torch.nn.init.constant_(parameter, 2.5)
+    model = NormalizedModel(network, mean=[0.5] * 3, std=[0.25] * 3).train()
+    images_NCHW = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(20):
+        model(images_NCHW)
+    prepared = prepare_qat(model.eval(), example_NCHW=images_NCHW).eval()
+    converted = convert_qat(prepared)
+    with torch.no_grad():
+        expected_NK = converted(images_NCHW)
+    session = onnxruntime.InferenceSession(
+        aware_int8_proto(converted, (3, 8, 8)).SerializeToString()
+    )
+    (found_NK,) = session.run(None, {"images": images_NCHW.numpy()})
+    difference = torch.from_numpy(found_NK) - expected_NK
+    assert difference.norm() < 0.03 * expected_NK.norm()

@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from understudy.errors import InputError, problem
 from understudy.export.onnx_file import build_proto, portable_copy, strip
+from understudy.export.onnx_int8 import Int8Graph
 from understudy.export.target_names import DEFAULT_OPSET
 
 CalibrationMethod = Literal["minmax", "percentile", "entropy"]
@@ -51,7 +51,6 @@ _OPS = (
     "Unsqueeze",
     *_WEIGHTED,
 )
-_MAX_INT32 = 2**31 - 1
 
 
 def static_int8_proto(
@@ -103,7 +102,7 @@ def aware_int8_proto(
 def finish_int8(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Strip an int8 graph and make explicit what ONNX Runtime would otherwise guess."""
     strip(proto)
-    graph = _Graph(proto)
+    graph = Int8Graph(proto)
     for node in list(proto.graph.node):
         if node.op_type in ("Conv", "Gemm"):
             graph.quantize_bias(node)
@@ -216,119 +215,6 @@ def _quantize(
             },
         )
         return onnx.load(path)
-
-
-class _Graph:
-    """An ONNX graph with its nodes and constants by the name of what they give."""
-
-    def __init__(self, proto: onnx.ModelProto) -> None:
-        self.graph = proto.graph
-        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
-        self.producers = {name: node for node in self.graph.node for name in node.output}
-
-    def dequantize(self, name: str) -> NodeProto | None:
-        """Return the node that gives this tensor if it is a DequantizeLinear."""
-        node = self.producers.get(name)
-        return node if node is not None and node.op_type == "DequantizeLinear" else None
-
-    def array(self, name: str) -> np.ndarray | None:
-        """Return a constant."""
-        tensor = self.constants.get(name)
-        return None if tensor is None else numpy_helper.to_array(tensor)
-
-    def add_constant(self, name: str, values: np.ndarray) -> str:
-        """Add a constant and return its name."""
-        tensor = numpy_helper.from_array(values, name)
-        self.graph.initializer.append(tensor)
-        self.constants[name] = tensor
-        return name
-
-    def add_dequantize(self, name: str, inputs: Iterable[str], *, axis: int | None) -> str:
-        """Add a DequantizeLinear and return the name of its output."""
-        attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
-        node = onnx.helper.make_node(
-            "DequantizeLinear", list(inputs), [name], name=f"{name}_node", **attributes
-        )
-        self.graph.node.append(node)
-        self.producers[name] = node
-        return name
-
-    def quantize_bias(self, node: NodeProto) -> None:
-        """Give a quantised node its bias in int32, in units of input scale times weight scale.
-
-        Without it the last layer, whose output is not quantised, would run in float32.
-        """
-        features, weight = self.dequantize(node.input[0]), self.dequantize(node.input[1])
-        bias = self.array(node.input[2]) if len(node.input) > 2 else None
-        if features is None or weight is None or bias is None or bias.dtype != np.float32:
-            return
-        scale, scales = self.array(features.input[1]), self.array(weight.input[1])
-        if scale is None or scales is None or scale.size != 1:
-            return
-        units = np.float32(scale.reshape(())) * scales.reshape(-1)
-        levels = np.round(bias.astype(np.float64) / units)
-        if np.abs(levels).max(initial=0) > _MAX_INT32 or units.size not in (1, bias.size):
-            return
-        name = node.output[0]
-        levels_name = self.add_constant(f"{name}_bias_int32", levels.astype(np.int32))
-        one = units.size == 1
-        scale_name = self.add_constant(f"{name}_bias_scale", units.reshape(()) if one else units)
-        node.input[2] = self.add_dequantize(
-            f"{name}_bias", [levels_name, scale_name], axis=None if one else 0
-        )
-
-    def keep_float(self, node: NodeProto) -> None:
-        """Keep ONNX Runtime from quantising the float weight of a node between int8 tensors.
-
-        It does so (with one scale for all channels) where the input is dequantised with one scale;
-        with the same scale written once for each channel it leaves the weight alone.
-        """
-        features, weight = self.dequantize(node.input[0]), self.array(node.input[1])
-        if features is None or weight is None or weight.dtype != np.float32:
-            return
-        scale, zero_point = (self.array(name) for name in features.input[1:3])
-        if scale is None or zero_point is None or scale.size != 1:
-            return
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        is_row = node.op_type == "Gemm" and not attributes.get("transB", 0)
-        num_channels = weight.shape[0 if is_row else 1] * attributes.get("group", 1)
-        name = f"{node.output[0]}_float"
-        scale_name = self.add_constant(f"{name}_scale", scale.reshape(1).repeat(num_channels))
-        zero_name = self.add_constant(f"{name}_zero", zero_point.reshape(1).repeat(num_channels))
-        node.input[0] = self.add_dequantize(
-            f"{name}_input", [features.input[0], scale_name, zero_name], axis=1
-        )
-
-    def sort(self) -> None:
-        """Put added nodes before those that read them, and drop what nothing reads."""
-        outputs = [value.name for value in self.graph.output]
-        wanted, ordered, done = list(outputs), [], set()
-        while wanted:
-            node = self.producers.get(wanted[-1])
-            if node is None or node.output[0] in done:
-                wanted.pop()
-                continue
-            missing = [
-                name
-                for name in node.input
-                if name in self.producers and self.producers[name].output[0] not in done
-            ]
-            if missing:
-                wanted += missing[::-1]
-                continue
-            ordered.append(node)
-            done.add(node.output[0])
-        nodes = [NodeProto.FromString(node.SerializeToString()) for node in ordered]
-        read = {name for node in nodes for name in node.input}
-        kept = [
-            TensorProto.FromString(tensor.SerializeToString())
-            for tensor in self.graph.initializer
-            if tensor.name in read
-        ]
-        self.graph.ClearField("node")
-        self.graph.ClearField("initializer")
-        self.graph.node.extend(nodes)
-        self.graph.initializer.extend(kept)
 
 
 def _require_int8_layers(
