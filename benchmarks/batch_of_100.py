@@ -20,7 +20,7 @@ from understudy.evaluate.compare import compare_artifacts
 from understudy.evaluate.eager import write_eager
 from understudy.export.onnx_file import export_onnx
 from understudy.models.build import NormalizedModel, build_network
-from understudy.recipes.files import load_recipe
+from understudy.recipes.files import read_recipe
 from understudy.runtime import hardware_facts, package_versions
 
 SHAPE = (3, 32, 32)
@@ -32,8 +32,10 @@ def networks() -> Iterator[tuple[str, str, dict[str, Any], bool]]:
     """Yield title, network, arguments and whether mirror images are averaged."""
     yield "the paper's student", "paper_student", {}, False
     for recipe in RECIPES:
-        student = load_recipe(recipe).student
-        yield f"recipe {recipe}", student.model.name, student.model.arguments, student.flip_average
+        values, _ = read_recipe(recipe, ())
+        student, model = values["student"], values["student"]["model"]
+        flips = student.get("flip_average", False)
+        yield f"recipe {recipe}", model["name"], model.get("arguments", {}), flips
 
 
 def main() -> None:
