@@ -51,22 +51,7 @@ def paper(
     out: Annotated[Path, typer.Option("--out", metavar="DIR")] = Path("runs/lab-paper"),
 ) -> None:  # fmt: skip
     """Lin and Shen 2024, "Efficient Knowledge Distillation": tables and figures beside ours."""
-    if epochs < 1 or (grid_epochs is not None and grid_epochs < 1) or not 0 <= dropout < 1:
-        raise InputError(
-            problem(
-                f"--epochs {epochs} --grid-epochs {grid_epochs} --dropout {dropout}",
-                expected="at least 1 epoch, and a dropout rate from 0 to below 1",
-                mend="Correct them.",
-            )
-        )
-    if grid_epochs is not None and grid_epochs > epochs:
-        raise InputError(
-            problem(
-                f"--grid-epochs {grid_epochs} with --epochs {epochs}",
-                expected="grids of at most as many epochs: the student alone is one of them",
-                mend="Raise --epochs, or lower --grid-epochs.",
-            )
-        )
+    check_epochs(epochs, grid_epochs, dropout)
     section = teacher_section(teacher, vit)
     from understudy.lab.paper import ITEMS, Lab, run_items
     from understudy.lab.paper_recipes import DROPOUT_RATES, TEACHER_LAYERS, Setting
@@ -87,6 +72,26 @@ def paper(
     page = write_document(document, out, "paper")
     print(document_markdown(document))
     print(f"report: {page}")
+
+
+def check_epochs(epochs: int, grid_epochs: int | None, dropout: float) -> None:
+    """Raise InputError unless the trainings can be made."""
+    if epochs < 1 or (grid_epochs is not None and grid_epochs < 1) or not 0 <= dropout < 1:
+        raise InputError(
+            problem(
+                f"--epochs {epochs} --grid-epochs {grid_epochs} --dropout {dropout}",
+                expected="at least 1 epoch, and a dropout rate from 0 to below 1",
+                mend="Correct them.",
+            )
+        )
+    if grid_epochs is not None and grid_epochs > epochs:
+        raise InputError(
+            problem(
+                f"--grid-epochs {grid_epochs} with --epochs {epochs}",
+                expected="grids of at most as many epochs: the student alone is one of them",
+                mend="Raise --epochs, or lower --grid-epochs.",
+            )
+        )
 
 
 def teacher_section(teacher: str | None, vit: str | None) -> dict[str, Any] | None:
