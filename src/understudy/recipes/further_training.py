@@ -35,8 +35,8 @@ def is_guided(run: Run, step: PruneStep | QuantizeStep) -> bool:
                 mend="Leave `guidance` out.",
             )
         )
-    is_guided = run.teaches_first if step.guidance is None else step.guidance == "teacher"
-    if is_guided and isinstance(step, QuantizeStep) and step.training is not None:
+    guided = run.teaches_first if step.guidance is None else step.guidance == "teacher"
+    if guided and isinstance(step, QuantizeStep) and step.training is not None:
         teaching = logits_alone(run.recipe.distillation)
         if not teaching.losses and teaching.kl_weight == 0 and teaching.ce_weight == 0:
             raise InputError(
@@ -48,7 +48,7 @@ def is_guided(run: Run, step: PruneStep | QuantizeStep) -> bool:
                     mend="Set `guidance: labels` for this step, or kl_weight or ce_weight above 0.",
                 )
             )
-    return is_guided
+    return guided
 
 
 def logits_alone(teaching: DistillSettings) -> DistillSettings:
