@@ -48,6 +48,9 @@ def paper(
     ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     threads: Annotated[int | None, typer.Option("--threads", help="Default: all.")] = None,
+    accelerator: Annotated[
+        str, typer.Option("--accelerator", help="Of the trainings: cpu, cuda or auto.")
+    ] = "cpu",
     out: Annotated[Path, typer.Option("--out", metavar="DIR")] = Path("runs/lab-paper"),
 ) -> None:  # fmt: skip
     """Lin and Shen 2024, "Efficient Knowledge Distillation": tables and figures beside ours."""
@@ -58,7 +61,14 @@ def paper(
     from understudy.lab.paper_views import paper_document
     from understudy.report.document import document_markdown, write_document
 
-    setting = Setting(data, num_epochs=epochs, dropout=dropout, seed=seed, threads=threads)
+    setting = Setting(
+        data,
+        num_epochs=epochs,
+        dropout=dropout,
+        seed=seed,
+        threads=threads,
+        accelerator=accelerator,
+    )
     asked = Lab(
         setting,
         out,

@@ -26,14 +26,15 @@ PACKAGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def source():
+@pytest.fixture(scope="module", params=["relu", "hardswish"])
+def source(request):
     torch.manual_seed(0)
     network = InvertedResidualNet(
         num_classes=10,
         stem=(16, 1),
         blocks=((16, 1, 1, 3, 2), (24, 2, 1, 3), (24, 1, 1, 3, 3)),
         squeeze=4,
+        activation=request.param,
     )
     model = NormalizedModel(network, mean=(0.4,) * 3, std=(0.2,) * 3, flip_average=True).train()
     for _ in range(3):  # statistics that are not those of the start, another for each run
@@ -45,7 +46,7 @@ def source():
     ("name", "precision", "tolerance"),
     [
         *((name, "float32", 1e-4) for name in PACKAGES),
-        *((name, "int8", 0.15) for name in ("onnx", "executorch", "tflite")),
+        *((name, "int8", 0.15) for name in ("onnx", "executorch", "tflite", "tflm", "c")),
     ],
 )
 def test_passes_and_mirror_images_are_what_the_model_computes(

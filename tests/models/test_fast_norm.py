@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from understudy.models import fast_norm, native
 from understudy.models.fast_layers import FastSequential
-from understudy.models.fast_norm import norm_relu
+from understudy.models.fast_norm import norm_activation
 from understudy.models.separable import SeparableNet
 
 needs_kernels = pytest.mark.skipif(
@@ -30,16 +30,19 @@ def trained_norm(channels: int) -> nn.BatchNorm2d:
 @needs_kernels
 @pytest.mark.parametrize("shape", [(3, 16, 8, 8), (2, 24, 7, 5), (5, 56, 9, 9), (1, 17, 1, 2)])
 @pytest.mark.parametrize("centre", [0.0, 100.0])
-def test_values_gradients_and_running_averages(shape: tuple[int, ...], centre: float) -> None:
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Hardswish()], ids=["relu", "hardswish"])
+def test_values_gradients_and_running_averages(
+    shape: tuple[int, ...], centre: float, activation: nn.Module
+) -> None:
     torch.manual_seed(0)
     norm = trained_norm(shape[1])
     exact = copy.deepcopy(norm).double()
     features = (channels_last(*shape) + centre).requires_grad_()
     doubled = features.detach().double().requires_grad_()
-    assert fast_norm._suits_kernels(features, norm, nn.ReLU())
+    assert fast_norm._suits_kernels(features, norm, activation)
     for _ in range(2):
-        output = norm_relu(norm, nn.ReLU(), features)
-        expected = torch.relu(exact(doubled))
+        output = norm_activation(norm, activation, features)
+        expected = activation(exact(doubled))
     assert output.is_contiguous(memory_format=torch.channels_last)
     gradient = channels_last(*shape)
     output.backward(gradient)
@@ -69,7 +72,7 @@ def test_the_bits_do_not_depend_on_the_threads(restored_threads: None) -> None:
     for num_threads in (1, 2, 5):
         torch.set_num_threads(num_threads)
         own, inputs = copy.deepcopy(norm), features.clone().requires_grad_()
-        output = norm_relu(own, nn.ReLU(), inputs)
+        output = norm_activation(own, nn.ReLU(), inputs)
         output.backward(gradient)
         results.append([output, inputs.grad, own.weight.grad, own.bias.grad, own.running_var])
     for other in results[1:]:

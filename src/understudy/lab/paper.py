@@ -83,13 +83,16 @@ class Lab:
             )
 
     def run_folder(self, name: str, dropout: float | None = None) -> Path:
-        """Return the folder of a training: one for each dropout rate and seed.
+        """Return the folder of a training: one for each dropout rate, seed and accelerator.
 
         A stage whose recipe has changed is made anew in its folder, and hours of training would be
         gone.
         """
         rate = self.setting.dropout if dropout is None else dropout
-        return self.folder / "runs" / f"{name}-dropout-{rate:g}-seed-{self.setting.seed}"
+        name += f"-dropout-{rate:g}-seed-{self.setting.seed}"
+        if self.setting.accelerator != "cpu":
+            name += f"-{self.setting.accelerator}"
+        return self.folder / "runs" / name
 
     @property
     def grid_setting(self) -> Setting:

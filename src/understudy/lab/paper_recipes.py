@@ -28,6 +28,7 @@ class Setting:
         num_epochs: 100 in the paper.
         dropout: rate of every dropout layer.
         threads: of training; None: all.
+        accelerator: that trains: cpu, cuda, or auto.
     """
 
     source: str
@@ -35,6 +36,7 @@ class Setting:
     dropout: float = 0.5
     seed: int = 0
     threads: int | None = None
+    accelerator: str = "cpu"
 
 
 def training(num_epochs: int) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def base_recipe(setting: Setting, name: str) -> dict[str, Any]:
         "training": training(setting.num_epochs),
         "distillation": {"kl_weight": 0.5, "ce_weight": 0.5, "temperature": 1.0},
         "control": False,
-        "device": {"num_threads": setting.threads},
+        "device": {"num_threads": setting.threads, "accelerator": setting.accelerator},
     }
 
 

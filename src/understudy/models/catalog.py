@@ -26,8 +26,10 @@ ArgumentKind = Literal[
     "shortcut",
     "blocks",
     "stem",
+    "activation",
 ]
 SHORTCUTS = ("pad", "conv")
+ACTIVATIONS = ("relu", "hardswish")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ _KIND_TEXT: dict[str, str] = {
     "widths": "three whole numbers of at least {minimum}, none smaller than the one before",
     "stages": "a list of pairs [channels, stride], each a whole number of at least {minimum}",
     "shortcut": "pad or conv",
+    "activation": "relu or hardswish",
     "stem": "a pair [channels, stride] of whole numbers of at least {minimum}",
     "blocks": "a list of [channels, stride, expansion, kernel] or [channels, stride, expansion, "
     "kernel, passes], each a whole number of at least {minimum}, the kernel odd",
@@ -114,6 +117,9 @@ CATALOG: dict[str, dict[str, Argument]] = {
         "head": Argument(
             "int", 0, "channels of a 1x1 convolution before pooling; 0: without it", minimum=0
         ),
+        "activation": Argument(
+            "activation", "relu", "activation of every convolution but the last of a block"
+        ),
     },
     "mlp": {
         "hidden": Argument("ints", (24,), "widths of the hidden layers"),
@@ -169,6 +175,8 @@ def _fits(value: Any, argument: Argument) -> bool:
             )
         case "shortcut":
             return value in SHORTCUTS
+        case "activation":
+            return value in ACTIVATIONS
         case "stem":
             return _is_ints(value, 1) and len(value) == 2
         case "blocks":

@@ -23,8 +23,8 @@ def is_depthwise(module: nn.Module) -> bool:
 def depthwise(convolution: nn.Module, features_NCHW: Tensor) -> Tensor:
     """Return ``convolution(features_NCHW)``, by the kernels where that differs by rounding only.
 
-    That is: where ``norm_relu`` is replaced too, for a depthwise convolution of float32 without
-    bias, of one output for each channel and an odd square kernel, padded to keep the sides.
+    That is: where ``norm_activation`` is replaced too, for a depthwise convolution of float32
+    without bias, of one output for each channel and an odd square kernel, padded to keep the sides.
 
     Args:
         convolution: any module that takes the features.

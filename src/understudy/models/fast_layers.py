@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from understudy.models.fast_conv import conv3x3
 from understudy.models.fast_depthwise import depthwise, is_depthwise
-from understudy.models.fast_norm import norm_add, norm_relu
+from understudy.models.fast_norm import norm_activation, norm_add
 
 
 class FastSequential(nn.Sequential):
@@ -33,8 +33,8 @@ def run_layers(layers: Iterable[nn.Module], features: Tensor, added: Tensor | No
         module = modules[position]
         after = modules[position + 1] if position + 1 < len(modules) else None
         position += 1
-        if isinstance(module, nn.BatchNorm2d) and isinstance(after, nn.ReLU):
-            features = norm_relu(module, after, features)
+        if isinstance(module, nn.BatchNorm2d) and isinstance(after, (nn.ReLU, nn.Hardswish)):
+            features = norm_activation(module, after, features)
             position += 1
         elif isinstance(module, nn.BatchNorm2d):
             features = norm_add(module, features, added if after is None else None)

@@ -1,7 +1,7 @@
 """Batch norm in training, with what comes after it, in fewer passes over memory.
 
-The modules stay plain ``nn.BatchNorm2d`` and ``nn.ReLU``: pruning, quantisation, hooks and exports
-find what they know, and only the call that trains them together is replaced.
+The modules stay plain ``nn.BatchNorm2d``, ``nn.ReLU`` and ``nn.Hardswish``: pruning, quantisation,
+hooks and exports find what they know, and only the call that trains them together is replaced.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from torch.nn import functional as F
 
 from understudy.models.native import address, convolution_kernels, suits_kernels
 
+# Activations of kernels_norm.c.
+_IDENTITY, _RELU, _HARD_SWISH = range(3)
+_ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: _RELU, nn.Hardswish: _HARD_SWISH}
 
-def norm_relu(norm: nn.Module, activation: nn.Module | None, features_NCHW: Tensor) -> Tensor:
+
+def norm_activation(norm: nn.Module, activation: nn.Module | None, features_NCHW: Tensor) -> Tensor:
     """Return ``activation(norm(features_NCHW))``; by one kernel where that is the same.
 
     That is: in training, on a CPU with AVX-512 and the native kernels, for float32 channels-last
@@ -29,15 +33,15 @@ def norm_relu(norm: nn.Module, activation: nn.Module | None, features_NCHW: Tens
         features_NCHW: of the norm's channels.
     """
     modules = [] if activation is None else [activation]
-    plain = all(type(module) is nn.ReLU for module in modules)
-    if plain and _suits_kernels(features_NCHW, norm, *modules):
-        return _normalised(norm, features_NCHW, added_NCHW=None, relu=True)
+    kind = _RELU if activation is None else _ACTIVATIONS.get(type(activation))
+    if kind is not None and _suits_kernels(features_NCHW, norm, *modules):
+        return _normalised(norm, features_NCHW, added_NCHW=None, activation=kind)
     normalised: Tensor = norm(features_NCHW)
     return F.relu(normalised) if activation is None else activation(normalised)
 
 
 def norm_add(norm: nn.Module, features_NCHW: Tensor, added_NCHW: Tensor | None) -> Tensor:
-    """Return ``norm(features_NCHW) + added_NCHW`` by one kernel, as ``norm_relu`` does.
+    """Return ``norm(features_NCHW) + added_NCHW`` by one kernel, as ``norm_activation`` does.
 
     Args:
         norm: over the channels.
@@ -51,7 +55,7 @@ def norm_add(norm: nn.Module, features_NCHW: Tensor, added_NCHW: Tensor | None) 
         and added_NCHW.is_contiguous(memory_format=torch.channels_last)
     )
     if like and _suits_kernels(features_NCHW, norm):
-        return _normalised(norm, features_NCHW, added_NCHW=added_NCHW, relu=False)
+        return _normalised(norm, features_NCHW, added_NCHW=added_NCHW, activation=_IDENTITY)
     result: Tensor = norm(features_NCHW)
     return result if added_NCHW is None else result + added_NCHW
 
@@ -72,13 +76,13 @@ def _suits_kernels(features: Tensor, norm: nn.Module, *others: nn.Module) -> boo
 
 
 def _normalised(
-    norm: nn.Module, features: Tensor, *, added_NCHW: Tensor | None, relu: bool
+    norm: nn.Module, features: Tensor, *, added_NCHW: Tensor | None, activation: int
 ) -> Tensor:
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     result: Tensor = _Norm.apply(  # type: ignore[no-untyped-call]
-        features, norm.weight, norm.bias, added_NCHW, norm, relu
+        features, norm.weight, norm.bias, added_NCHW, norm, activation
     )
     return result
 
@@ -92,7 +96,7 @@ class _Norm(torch.autograd.Function):
         bias: Tensor,
         added: Tensor | None,
         norm: nn.BatchNorm2d,
-        relu: bool,
+        activation: int,
     ) -> Tensor:
         library = convolution_kernels()
         assert library is not None
@@ -103,11 +107,11 @@ class _Norm(torch.autograd.Function):
         running = address(norm.running_mean), address(norm.running_var)
         pointers = address(features), *parameters, *running, address(result), address(saved)
         sizes = features.numel() // num_channels, num_channels
-        settings = norm.eps, norm.momentum, int(relu), torch.get_num_threads()
+        settings = norm.eps, norm.momentum, activation, torch.get_num_threads()
         if library.norm_forward(*pointers, *sizes, *settings):
             raise MemoryError("no memory for the batch norm's sums")
         ctx.save_for_backward(features, bias, saved)
-        ctx.relu = relu
+        ctx.activation = activation
         return result
 
     @staticmethod
@@ -125,7 +129,8 @@ class _Norm(torch.autograd.Function):
         outputs = address(result), address(both[0]), address(both[1])
         num_channels = features.shape[1]
         sizes = features.numel() // num_channels, num_channels
-        if library.norm_backward(*inputs, *outputs, *sizes, int(ctx.relu), torch.get_num_threads()):
+        settings = ctx.activation, torch.get_num_threads()
+        if library.norm_backward(*inputs, *outputs, *sizes, *settings):
             raise MemoryError("no memory for the batch norm's sums")
         added_gradient = gradient if ctx.needs_input_grad[3] else None
         return result, both[0], both[1], added_gradient, None, None

@@ -1,16 +1,16 @@
 """Inverted residual networks (Sandler et al. 2018, "MobileNetV2"), scaled to a few kilobytes.
 
 A 3x3 stem, then blocks [1x1 expansion, depthwise k x k, squeeze-and-excitation, 1x1 projection],
-each convolution with batch norm and all but the projection with ReLU. An expansion of 1 leaves the
-first convolution out. A block that keeps its shape adds its input, and can run several times with
-the same convolutions: weights shared over depth, as in Dehghani et al. 2019 ("Universal
-Transformers"). Squeeze-and-excitation is that of Hu et al. 2018, its hard sigmoid of MobileNetV3
-(Howard et al. 2019), which quantises well.
+each convolution with batch norm and all but the projection with an activation. An expansion of 1
+leaves the first convolution out. A block that keeps its shape adds its input, and can run several
+times with the same convolutions: weights shared over depth, as in Dehghani et al. 2019 ("Universal
+Transformers"). Squeeze-and-excitation is that of Hu et al. 2018, its hard sigmoid and the hard
+swish are of MobileNetV3 (Howard et al. 2019), and quantise well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -19,15 +19,17 @@ from understudy.models.fast_gate import gated
 from understudy.models.fast_layers import FastSequential, run_layers
 from understudy.models.native import convolution_kernels, suits_kernels
 
+ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "hardswish": nn.Hardswish}
+
 
 class SqueezeExcite(nn.Module):
     """Scale each channel by a gate computed from the channels' means; NCHW to NCHW."""
 
-    def __init__(self, channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, hidden: int, activation: str = "relu") -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.reduce = nn.Conv2d(channels, hidden, 1)
-        self.activation = nn.ReLU(inplace=True)
+        self.activation = _activation(activation)
         self.expand = nn.Conv2d(hidden, channels, 1)
         self.gate = nn.Hardsigmoid()
 
@@ -62,16 +64,19 @@ class InvertedResidual(nn.Module):
         kernel: int,
         squeeze: int,
         passes: int = 1,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         expanded = in_channels * expansion
         layers: list[nn.Module] = []
         if expansion > 1:
-            layers += _convolution(in_channels, expanded, 1)
-        layers += _convolution(expanded, expanded, kernel, stride=stride, groups=expanded)
+            layers += _convolution(in_channels, expanded, 1, activation=activation)
+        layers += _convolution(
+            expanded, expanded, kernel, stride=stride, groups=expanded, activation=activation
+        )
         if squeeze:
-            layers.append(SqueezeExcite(expanded, max(1, expanded // squeeze)))
-        layers += _convolution(expanded, out_channels, 1)[:-1]
+            layers.append(SqueezeExcite(expanded, max(1, expanded // squeeze), activation))
+        layers += _convolution(expanded, out_channels, 1, activation=None)
         self.layers = FastSequential(*layers)
         self.adds_input = stride == 1 and in_channels == out_channels
         if passes > 1 and not self.adds_input:
@@ -112,6 +117,7 @@ class InvertedResidualNet(nn.Module):
         blocks: (channels, stride, expansion, kernel) of each block, and its passes unless 1.
         squeeze: reduction of squeeze-and-excitation in every block; 0 leaves it out.
         head: channels of a 1x1 convolution before the pooling; 0 leaves it out.
+        activation: relu or hardswish.
     """
 
     def __init__(
@@ -123,10 +129,13 @@ class InvertedResidualNet(nn.Module):
         blocks: Sequence[Sequence[int]] = ((16, 1, 1, 3), (24, 2, 2, 3), (32, 2, 2, 3)),
         squeeze: int = 0,
         head: int = 0,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         current, stem_stride = stem
-        self.stem = FastSequential(*_convolution(in_channels, current, 3, stride=stem_stride))
+        self.stem = FastSequential(
+            *_convolution(in_channels, current, 3, stride=stem_stride, activation=activation)
+        )
         made = []
         for channels, stride, expansion, kernel, *passes in blocks:
             made.append(
@@ -138,11 +147,14 @@ class InvertedResidualNet(nn.Module):
                     kernel=kernel,
                     squeeze=squeeze,
                     passes=passes[0] if passes else 1,
+                    activation=activation,
                 )
             )
             current = channels
         self.blocks = nn.Sequential(*made)
-        self.head = FastSequential(*(_convolution(current, head, 1) if head else []))
+        self.head = FastSequential(
+            *(_convolution(current, head, 1, activation=activation) if head else [])
+        )
         self.linear = nn.Linear(head or current, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -156,18 +168,26 @@ class InvertedResidualNet(nn.Module):
 
 
 def _convolution(
-    in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    *,
+    activation: str | None,
+    stride: int = 1,
+    groups: int = 1,
 ) -> list[nn.Module]:
-    return [
-        nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel,
-            stride,
-            padding=kernel // 2,
-            groups=groups,
-            bias=False,
-        ),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    ]
+    convolution = nn.Conv2d(
+        in_channels,
+        out_channels,
+        kernel,
+        stride,
+        padding=kernel // 2,
+        groups=groups,
+        bias=False,
+    )
+    after = [] if activation is None else [_activation(activation)]
+    return [convolution, nn.BatchNorm2d(out_channels), *after]
+
+
+def _activation(name: str) -> nn.Module:
+    return ACTIVATIONS[name](inplace=True)

@@ -1,4 +1,4 @@
-/* Batch norm, with a ReLU or with a block's input added after it, for channels-last pictures in
+/* Batch norm, with an activation or with a block's input added after it, for channels-last pictures in
  * float32: rows of c channels, c at least 16.
  *
  * Sums are taken over a fixed number of shares of the rows, whichever thread works on them, so that
@@ -13,15 +13,34 @@
 #define BLOCK 16  /* rows of a block: few enough for the first-level cache */
 #define SHARES 16
 
-/* The gradient past the ReLU, of which (x - mean) * slope + bias is the input. */
-INLINE floats past(floats g, floats centred, floats slope, floats bias, int relu) {
-    return relu ? (floats)((ints)g & (centred * slope + bias > 0.f)) : g;
+enum { IDENTITY, RELU, HARD_SWISH };
+
+INLINE floats chosen(ints mask, floats yes, floats no) {
+    return (floats)((mask & (ints)yes) | (~mask & (ints)no));
+}
+
+INLINE floats activated(floats v, int activation) {
+    if (activation == RELU) return (floats)((ints)v & ~(v < 0.f));
+    if (activation == IDENTITY) return v;
+    floats gate = v + 3.f, six = (floats){0} + 6.f;
+    gate = (floats)((ints)gate & (gate > 0.f));
+    return v * chosen(gate > 6.f, six, gate) * (1.f / 6.f);
+}
+
+/* The gradient past the activation, of which (x - mean) * slope + bias is the input. */
+INLINE floats past(floats g, floats centred, floats slope, floats bias, int activation) {
+    if (activation == IDENTITY) return g;
+    floats v = centred * slope + bias;
+    if (activation == RELU) return (floats)((ints)g & (v > 0.f));
+    floats inner = g * (v * (1.f / 3.f) + 0.5f);
+    return chosen(v > 3.f, g, (floats)((ints)inner & ~(v < -3.f)));
 }
 
 /* The sums over rows of two terms, shares one after the other; totals: [2][c]. With g null the
  * terms are d and d * d of d = x - middle; else the gradient and its product with d. 0 on success. */
 static int sums(const float *x, const float *g, const float *middle, const float *slope,
-                const float *bias, double *totals, long rows, long c, int relu, int num_threads) {
+                const float *bias, double *totals, long rows, long c, int activation,
+                int num_threads) {
     double *shares = calloc(SHARES * 2 * c, sizeof(double));
     float *parts = malloc(sizeof(float) * SHARES * 2 * c);
     if (!shares || !parts) {
@@ -42,7 +61,7 @@ static int sums(const float *x, const float *g, const float *middle, const float
                 floats s = load(slope + k), b = load(bias + k);
                 for (long r = row; r < stop; r++) {
                     floats d = load(x + r * c + k) - m;
-                    floats v = g ? past(load(g + r * c + k), d, s, b, relu) : d;
+                    floats v = g ? past(load(g + r * c + k), d, s, b, activation) : d;
                     one += v;
                     two += v * d;
                 }
@@ -60,12 +79,12 @@ static int sums(const float *x, const float *g, const float *middle, const float
     return 0;
 }
 
-/* y = (x - mean) * slope + bias, slope = weight / sqrt(variance + eps); then its ReLU, or added (the
- * same shape) to it unless that is null. saved: [3][c], the mean, the slope and
+/* y = (x - mean) * slope + bias, slope = weight / sqrt(variance + eps); then its activation, or added
+ * (the same shape) to it unless that is null. saved: [3][c], the mean, the slope and
  * 1 / sqrt(variance + eps). The running averages move by momentum. */
 int norm_forward(const float *x, const float *weight, const float *bias, const float *added,
                  float *running_mean, float *running_variance, float *y, float *saved, long rows, long c, double eps,
-                 double momentum, int relu, int num_threads) {
+                 double momentum, int activation, int num_threads) {
     float *mean = saved, *slope = saved + c, *inverse = saved + 2 * c;
     double *totals = malloc(sizeof(double) * 2 * c);
     /* About the first row: the squares of what is far from zero would cancel. */
@@ -91,20 +110,20 @@ int norm_forward(const float *x, const float *weight, const float *bias, const f
             long k = channel(first, c);
             floats v = (load(x + r * c + k) - load(mean + k)) * load(slope + k) + load(bias + k);
             if (added) v += load(added + r * c + k);
-            store(y + r * c + k, relu ? (floats)((ints)v & ~(v < 0.f)) : v);
+            store(y + r * c + k, activated(v, activation));
         }
     return 0;
 }
 
 /* dx, dweight[c] and dbias[c] of dy and what norm_forward saved. 0 on success. */
 int norm_backward(const float *x, const float *dy, const float *bias, const float *saved,
-                  float *dx, float *dweight, float *dbias, long rows, long c, int relu,
+                  float *dx, float *dweight, float *dbias, long rows, long c, int activation,
                   int num_threads) {
     const float *mean = saved, *slope = saved + c, *inverse = saved + 2 * c;
     double *totals = malloc(sizeof(double) * 2 * c);
     float *factors = malloc(sizeof(float) * 2 * c);
     if (!totals || !factors ||
-        sums(x, dy, mean, slope, bias, totals, rows, c, relu, num_threads)) {
+        sums(x, dy, mean, slope, bias, totals, rows, c, activation, num_threads)) {
         free(totals);
         free(factors);
         return 1;
@@ -120,7 +139,7 @@ int norm_backward(const float *x, const float *dy, const float *bias, const floa
         for (long first = 0; first < c; first += LANES) {
             long k = channel(first, c);
             floats d = load(x + r * c + k) - load(mean + k), s = load(slope + k);
-            floats g = past(load(dy + r * c + k), d, s, load(bias + k), relu);
+            floats g = past(load(dy + r * c + k), d, s, load(bias + k), activation);
             store(dx + r * c + k, s * (g - load(factors + k) - d * load(factors + c + k)));
         }
     free(totals);

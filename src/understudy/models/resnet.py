@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from understudy.errors import ModelError, problem
 from understudy.models.catalog import SHORTCUTS
 from understudy.models.fast_conv import conv3x3
-from understudy.models.fast_norm import norm_add, norm_relu
+from understudy.models.fast_norm import norm_activation, norm_add
 
 
 class BasicBlock(nn.Module):
@@ -42,7 +42,7 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride)
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
-        residual = norm_relu(self.bn1, None, conv3x3(self.conv1, features_NCHW))
+        residual = norm_activation(self.bn1, None, conv3x3(self.conv1, features_NCHW))
         shortcut = self.shortcut_of(features_NCHW)
         return F.relu(norm_add(self.bn2, conv3x3(self.conv2, residual), shortcut))
 
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Return logits_NK for normalised float images_NCHW."""
-        features = norm_relu(self.bn1, None, conv3x3(self.conv1, images_NCHW))
+        features = norm_activation(self.bn1, None, conv3x3(self.conv1, images_NCHW))
         features = self.layer3(self.layer2(self.layer1(features)))
         pooled_NC = features.mean(dim=(2, 3))
         logits_NK: torch.Tensor = self.linear(pooled_NC)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from understudy.models.fast_depthwise import depthwise
 from understudy.models.fast_layers import FastSequential
-from understudy.models.fast_norm import norm_relu
+from understudy.models.fast_norm import norm_activation
 
 CHANNEL_MULTIPLE = 8
 
@@ -43,8 +43,8 @@ class SeparableBlock(nn.Module):
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
         features = depthwise(self.depthwise, features_NCHW)
-        features = norm_relu(self.depthwise_norm, self.activation, features)
-        features = norm_relu(self.pointwise_norm, self.activation, self.pointwise(features))
+        features = norm_activation(self.depthwise_norm, self.activation, features)
+        features = norm_activation(self.pointwise_norm, self.activation, self.pointwise(features))
         return features + features_NCHW if self.residual else features
 
 
