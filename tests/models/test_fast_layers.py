@@ -132,12 +132,15 @@ def test_the_bits_do_not_depend_on_the_threads(restored_threads: None) -> None:
             assert torch.equal(ours, same)
 
 
-def test_a_network_trains_and_evaluates_as_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("activation", ["relu", "hardswish"])
+def test_a_network_trains_and_evaluates_as_with_torch(
+    monkeypatch: pytest.MonkeyPatch, activation: str
+) -> None:
     torch.manual_seed(0)
     blocks = ((16, 1, 1, 3), (24, 2, 2, 5), (24, 1, 1, 3))
-    model = InvertedResidualNet(num_classes=4, blocks=blocks, squeeze=4, head=32).to(
-        memory_format=torch.channels_last
-    )
+    model = InvertedResidualNet(
+        num_classes=4, blocks=blocks, squeeze=4, head=32, activation=activation
+    ).to(memory_format=torch.channels_last)
     plain = copy.deepcopy(model)
     images = channels_last(6, 3, 12, 12)
     model(images).square().sum().backward()

@@ -31,6 +31,7 @@ def test_every_built_in_name_has_a_constructor() -> None:
         ("paper_teacher", {"num_layers": 6, "dropout": 0}),
         ("separable", {"stages": [[8, 1], [16, 2]], "depth": 2, "width": 1.5, "kernel": 5}),
         ("inverted", {"stem": [8, 1], "blocks": [[8, 2, 2, 5]], "squeeze": 4, "head": 0}),
+        ("inverted", {"activation": "hardswish"}),
         ("mlp", {"hidden": []}),
         ("my_package.models:make", {"anything": object()}),
         ("timm:resnet18", {}),
@@ -58,8 +59,8 @@ def test_good_models_have_no_problems(name: str, arguments: dict[str, object]) -
         ),
         (
             "inverted",
-            {"stem": [8], "blocks": [[8, 1, 1, 4]], "squeeze": -1},
-            ["stem=[8]", "the kernel odd", "squeeze=-1"],
+            {"stem": [8], "blocks": [[8, 1, 1, 4]], "squeeze": -1, "activation": "swish"},
+            ["stem=[8]", "the kernel odd", "squeeze=-1", "expected relu or hardswish"],
         ),
         (
             "separable",

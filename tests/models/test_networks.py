@@ -137,6 +137,17 @@ def test_an_inverted_block_that_keeps_its_shape_adds_its_input() -> None:
     torch.testing.assert_close(block(images), block.layers(images) + images)
 
 
+def test_the_activation_stands_after_every_convolution_but_a_blocks_last() -> None:
+    blocks = ((8, 1, 2, 3), (16, 2, 1, 3))
+    network = InvertedResidualNet(
+        num_classes=5, stem=(8, 1), blocks=blocks, squeeze=4, head=24, activation="hardswish"
+    )
+    kinds = [type(module) for module in network.modules()]
+    assert nn.ReLU not in kinds
+    # Stem, head; expansion, depthwise and gates of the first block, the last two of the second.
+    assert kinds.count(nn.Hardswish) == 2 + 3 + 2
+
+
 def test_the_passes_of_a_block_share_its_convolutions_and_have_norms_of_their_own() -> None:
     blocks = ((16, 1, 1, 3), (16, 1, 1, 3, 3))
     network = InvertedResidualNet(num_classes=5, stem=(16, 1), blocks=blocks, squeeze=4)

@@ -84,6 +84,7 @@ def inverted(generator: random.Random, side: int, largest: int) -> dict[str, Any
         "blocks": blocks,
         "squeeze": generator.choice((0, 4, 8)),
         "head": generator.choice((0, 0, 32, 64)),
+        "activation": generator.choice(("relu", "hardswish")),
     }
 
 
