@@ -7,6 +7,7 @@ import pytest
 from measure_model import write_linear
 
 from understudy.errors import InputError
+from understudy.evaluate import counters
 from understudy.evaluate.counters import (
     PowercapCounter,
     find_counters,
@@ -18,7 +19,7 @@ from understudy.evaluate.energy import (
     energy_of_window,
     estimate_energy,
     measure_energy,
-    measure_gpu_energy,
+    measure_energy_here,
 )
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 1, 8, 8), dtype=np.uint8)
@@ -173,6 +174,38 @@ def test_an_estimate_says_that_it_is_one():
 def test_without_a_gpu_its_energy_is_not_measured():
     if find_gpu_counters()["counters"]:
         pytest.skip("this machine has a GPU with counters")
-    energy = measure_gpu_energy(lambda: None, images_a_run=1)
+    energy = measure_energy_here(lambda: None, device="cuda", images_a_run=1)
     assert energy.method == "not measured"
     assert energy.source
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_energy_in_this_process_is_that_of_the_device_that_works(device, monkeypatch):
+    class Counter:
+        """Rises by 2 W, and by 3 W more while a run is going on."""
+
+        name, range_uj, watts, uj, at = "some", 10**12, 2.0, 0.0, time.perf_counter()
+
+        def read_uj(self):
+            now = time.perf_counter()
+            self.uj, self.at = self.uj + self.watts * 1e6 * (now - self.at), now
+            return int(self.uj)
+
+    found, nothing = {"counters": [Counter()], "reason": ""}, {"counters": [], "reason": "none"}
+    monkeypatch.setattr(counters, "find_counters", lambda: found if device == "cpu" else nothing)
+    monkeypatch.setattr(
+        counters, "find_gpu_counters", lambda: found if device == "cuda" else nothing
+    )
+    counter = found["counters"][0]
+
+    def run():
+        counter.read_uj()
+        counter.watts = 5.0
+        time.sleep(0.02)
+        counter.read_uj()
+        counter.watts = 2.0
+
+    energy = measure_energy_here(run, device=device, images_a_run=4, seconds=0.2, idle_seconds=0.05)
+    assert energy.method == "counter"
+    assert energy.watts == pytest.approx(3.0, rel=0.2)
+    assert energy.energy_mj == pytest.approx(3.0 * 20 / 4, rel=0.5)

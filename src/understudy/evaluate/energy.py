@@ -128,21 +128,22 @@ def energy_request(seconds: float, idle_seconds: float, powercap: Path) -> dict[
     }
 
 
-def measure_gpu_energy(
+def measure_energy_here(
     run: Callable[[], object],
     *,
+    device: Literal["cpu", "cuda"],
     images_a_run: int,
     seconds: float = SECONDS,
     idle_seconds: float = IDLE_SECONDS,
 ) -> Energy:
-    """Measure what the NVIDIA GPUs of this machine take for ``run``, by NVML.
+    """Measure what this machine takes for ``run`` in this process.
 
     Args:
         run: runs ``images_a_run`` pictures and returns when they are done (synchronised).
+        device: "cuda": all NVIDIA GPUs, by NVML; "cpu": the processor, by RAPL.
     """
-    window = counters.measure_window(
-        run, counters.find_gpu_counters(), seconds=seconds, idle_seconds=idle_seconds
-    )
+    found = counters.find_gpu_counters() if device == "cuda" else counters.find_counters()
+    window = counters.measure_window(run, found, seconds=seconds, idle_seconds=idle_seconds)
     return energy_of_window(window, images_a_run=images_a_run)
 
 

@@ -1,4 +1,4 @@
-"""Runs one teacher in one fresh process and prints how fast it labels and what memory it takes.
+"""Runs one teacher in one fresh process and prints how fast it labels, with what memory and energy.
 
 Started as a script by ``rank_profile.measure_fresh``: threads, allocator and caches of a process
 that has trained networks would be measured too.
@@ -23,6 +23,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from understudy.evaluate.artifact_process import peak_memory_bytes
+    from understudy.evaluate.energy import measure_energy_here
     from understudy.models.build import NormalizedModel, build_network
     from understudy.models.onnx_model import OnnxModel
     from understudy.teachers.inference import fast_inference
@@ -66,10 +67,15 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         begun = time.perf_counter()
         infer(batch_NCHW)
         seconds.append(time.perf_counter() - begun)
+    peak_bytes = peak_memory_bytes()
+    energy = measure_energy_here(
+        lambda: infer(batch_NCHW), device=request["device"], images_a_run=size
+    )
     return {
         "seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_bytes,
         "baseline_memory_bytes": baseline_bytes,
+        "energy": energy.to_json(),
     }
 
 

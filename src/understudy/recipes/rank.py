@@ -282,7 +282,7 @@ def candidate_values(
         "labelling_seconds": num_images / through["images_per_second"],
         "peak_memory_bytes": record.timing["peak_memory_bytes"],
         "baseline_memory_bytes": record.timing["baseline_memory_bytes"],
-        "energy_mj": None,
+        "energy_mj": record.timing.get("energy", {}).get("energy_mj"),
         "confidence": said["confidence"],
         "view_accuracy": said["view_accuracy"],
         "student_accuracies": accuracies,
