@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ from understudy.export.tracing import (
 
 METADATA_NAME = "understudy"
 MAX_CALIBRATION_IMAGES = 500
+_MIN_RANGE = 2.0**-10
 # What the converter calls the only input and signature of a model.
 _INPUT_NAME = "args_0"
 _SIGNATURE_NAME = "serving_default"
@@ -144,7 +146,23 @@ def quantize(content: bytes, source: ExportSource, *, target: str, float_ends: b
             qsv_update_func=ranges.min_max_update,
         )
         calibrator.calibrate({_SIGNATURE_NAME: list(images)}, recipes.RecipeManager())
-        return bytes(quantizer.quantize(calibrator.get_model_qsvs()).quantized_model)
+        return bytes(quantizer.quantize(_widened(calibrator.get_model_qsvs())).quantized_model)
+
+
+def _widened(ranges: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors' ranges, those of (nearly) nothing as wide as ``_MIN_RANGE``.
+
+    Behind channels that are 0 for every calibration image the scale would be so small that the next
+    bias, in units of input scale times weight scale, leaves int32: LiteRT cannot load such a file,
+    and TensorFlow Lite Micro computes nonsense from it.
+    """
+    widened = {}
+    for name, found in ranges.items():
+        changed = dict(found)
+        if {"min", "max"} <= changed.keys():
+            changed["max"] = np.maximum(changed["max"], changed["min"] + _MIN_RANGE)
+        widened[name] = changed
+    return widened
 
 
 def finish(content: bytes, entries: Mapping[str, str] | None = None) -> bytes:
