@@ -166,14 +166,12 @@ def test_the_measuring_process_imports_no_torch(model_path, tmp_path):
 def test_a_file_that_does_not_load_is_reported_with_its_reason(tmp_path):
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"not a model")
-    with pytest.raises(
-        UnderstudyError, match=r"measuring .*broken\.onnx at batch 1 failed .*Proto"
-    ):
+    with pytest.raises(InputError, match=r"measuring .*broken\.onnx at batch 1 failed .*Proto"):
         measure_memory(path, IMAGES)
 
 
 def test_images_of_another_size_are_reported(model_path):
-    with pytest.raises(UnderstudyError, match="Got invalid dimensions for input: images"):
+    with pytest.raises(InputError, match="Got invalid dimensions for input: images"):
         measure_memory(model_path, IMAGES[..., :5])
 
 

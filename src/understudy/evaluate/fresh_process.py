@@ -53,9 +53,10 @@ def run_fresh(
         more: of the request: another ``min_runs``, or ``energy`` as ``energy_request`` returns it.
 
     Raises:
-        InputError: the file is missing, nothing is known to run it, or the images do not fit.
+        InputError: the file is missing, nothing is known to run it, its runtime refuses it, or the
+            images do not fit.
         MissingExtraError: its runtime is not installed.
-        UnderstudyError: the process failed or ran past ``timeout_seconds``.
+        UnderstudyError: the process died or ran past ``timeout_seconds``.
     """
     images_NCHW = np.asarray(images)
     check_request(source, images_NCHW, batch_size=batch_size, num_threads=num_threads)
@@ -234,7 +235,9 @@ def _failure(
     reason = reason_of(done.stdout, done.stderr)
     if done.returncode < 0:
         reason = f"ended by signal {-done.returncode}, 9 is often a lack of memory; {reason}"
-    return UnderstudyError(
+    # A runtime that says no to a file is not a process that died.
+    kind = InputError if failure_of(done.stdout) else UnderstudyError
+    return kind(
         problem(
             f"{what} failed ({reason})",
             expected=f"{file.runtime} to load the file and run the images",
