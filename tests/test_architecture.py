@@ -203,6 +203,7 @@ def test_the_command_line_is_what_it_was():
         "heads list": [],
         "heads remove": ["--task"],
         "lab paper": [
+            "--accelerator",
             "--data",
             "--dropout",
             "--epochs",

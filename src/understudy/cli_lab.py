@@ -61,14 +61,7 @@ def paper(
     from understudy.lab.paper_views import paper_document
     from understudy.report.document import document_markdown, write_document
 
-    setting = Setting(
-        data,
-        num_epochs=epochs,
-        dropout=dropout,
-        seed=seed,
-        threads=threads,
-        accelerator=accelerator,
-    )
+    setting = Setting(data, epochs, dropout, seed, threads, accelerator)
     asked = Lab(
         setting,
         out,

@@ -91,11 +91,12 @@ def test_a_student_goes_on_only_with_the_same_teacher(tmp_path, monkeypatch):
     assert other.hash == trainings.distilled(constant(5), tmp_path / "new").hash
 
 
-def test_another_dropout_or_seed_leaves_earlier_trainings_alone(tmp_path):
+def test_another_dropout_seed_or_accelerator_leaves_earlier_trainings_alone(tmp_path):
     def folder(**changes):
         return Lab(Setting("digits", **changes), tmp_path).run_folder("ts6")
 
     assert len({folder(), folder(dropout=0.0), folder(seed=1), folder(dropout=0.0, seed=1)}) == 4
+    assert folder(accelerator="cuda") not in {folder(), folder(accelerator="auto")}
     assert folder(num_epochs=3) == folder(num_epochs=100)  # which goes on from the shorter one
 
 

@@ -57,19 +57,12 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         runtime=request["runtime"],
     )
     size = request["batch_size"]
-    infer(images_NCHW[:size])
-    seconds: list[float] = []
-    started = time.perf_counter()
-    while len(seconds) < MIN_BATCHES or time.perf_counter() - started < request["min_seconds"]:
-        # Real pictures in turn, so that one batch does not stay in the caches.
-        rows = (torch.arange(size) + len(seconds) * size) % len(images_NCHW)
-        batch_NCHW = images_NCHW[rows]
-        begun = time.perf_counter()
-        infer(batch_NCHW)
-        seconds.append(time.perf_counter() - begun)
+    seconds = seconds_of_batches(
+        infer, images_NCHW, batch_size=size, min_seconds=request["min_seconds"]
+    )
     peak_bytes = peak_memory_bytes()
     energy = measure_energy_here(
-        lambda: infer(batch_NCHW), device=request["device"], images_a_run=size
+        lambda: infer(batch_of(images_NCHW, 0, size)), device=request["device"], images_a_run=size
     )
     return {
         "seconds": seconds,
@@ -77,6 +70,26 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         "baseline_memory_bytes": baseline_bytes,
         "energy": energy.to_json(),
     }
+
+
+def seconds_of_batches(
+    infer: Any, images_NCHW: Any, *, batch_size: int, min_seconds: float
+) -> list[float]:
+    """Return the time of each batch, the first one left out."""
+    infer(batch_of(images_NCHW, 0, batch_size))
+    seconds: list[float] = []
+    started = time.perf_counter()
+    while len(seconds) < MIN_BATCHES or time.perf_counter() - started < min_seconds:
+        batch_NCHW = batch_of(images_NCHW, len(seconds), batch_size)
+        begun = time.perf_counter()
+        infer(batch_NCHW)
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def batch_of(images_NCHW: Any, number: int, size: int) -> Any:
+    """Return real pictures in turn, so that one batch does not stay in the caches."""
+    return images_NCHW[[(number * size + row) % len(images_NCHW) for row in range(size)]]
 
 
 def forget_peak() -> None:
