@@ -4,7 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import time
-from datetime import timedelta
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -14,7 +14,7 @@ from understudy.errors import InputError, TrainingError
 from understudy.search.plan import Pruned, SearchPlan
 from understudy.search.results import best_of, importances, read_results
 from understudy.search.space import parse_space
-from understudy.search.study import bind, open_study, prepare, trial_folder, work
+from understudy.search.study import bind, open_study, trial_folder, work
 
 SPACE = parse_space(["x=0..1", "y=1|2|4"])
 GRID = parse_space(["x=1|2|3", "y=a|b"])
@@ -27,7 +27,6 @@ def url(folder):
 def searched(plan, folder, objective):
     folder.mkdir(exist_ok=True)
     study = open_study(url(folder), "s", plan)
-    prepare(study, plan, folder)
     work(study, plan, folder, objective)
     return read_results(study, plan, name="s", folder=str(folder), recipe={})
 
@@ -161,12 +160,23 @@ def test_a_trial_that_is_stopped_on_purpose_goes_on_however_often(tmp_path):
     assert [row.state for row in results.trials] == ["complete"] * 3
 
 
-def test_a_trial_that_was_drawn_and_nothing_more_is_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(understudy.search.study, "NAMELESS_AFTER", timedelta(0))
-    plan = SearchPlan(SPACE, num_trials=3)
-    open_study(url(tmp_path), "s", plan).ask()
+def die_at_the_first_claim(folder, plan):
+    understudy.search.study.try_lock = lambda folder: os._exit(9)
+    searched(plan, folder, height)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+def test_a_trial_that_was_claimed_and_nothing_more_is_not_lost(tmp_path, sampler):
+    space, number = (GRID, None) if sampler == "grid" else (SPACE, 3)
+    plan = SearchPlan(space, sampler=sampler, num_trials=number)
+    process = multiprocessing.get_context("fork").Process(
+        target=die_at_the_first_claim, args=(tmp_path, plan)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 9
     results = searched(plan, tmp_path, height)
-    assert [row.state for row in results.trials] == ["complete"] * 3
+    assert {row.state for row in results.trials} == {"complete"}
     whole = searched(plan, tmp_path / "whole", height)
     assert [row.settings for row in results.trials] == [row.settings for row in whole.trials]
 
@@ -181,7 +191,7 @@ def slow_share(folder):
 
 def test_processes_share_a_grid_without_doing_anything_twice(tmp_path):
     plan = SearchPlan(GRID, sampler="grid")
-    prepare(open_study(url(tmp_path), "s", plan), plan, tmp_path)
+    open_study(url(tmp_path), "s", plan)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=slow_share, args=(tmp_path,)) for _ in range(2)]
     for process in processes:
@@ -193,6 +203,64 @@ def test_processes_share_a_grid_without_doing_anything_twice(tmp_path):
     rows = read_results(study, plan, name="s", folder="", recipe={}).trials
     assert [row.state for row in rows] == ["complete"] * 6
     assert [row.settings for row in rows] == GRID.grid()
+
+
+def work_in_a_folder_of_its_own(folder, storage, plan, barrier):
+    """Do trials as a machine of its own; its first is claimed when the other counted as well."""
+    study = open_study(storage, "s", plan)
+    create, met = study._storage.create_new_trial, []
+
+    def create_together(*args, **options):
+        if not met:
+            met.append(barrier.wait(120))
+        return create(*args, **options)
+
+    study._storage.create_new_trial = create_together
+
+    def objective(attempt):
+        (attempt.folder / "done").write_text(repr(dict(attempt.settings)))
+        return height(attempt)
+
+    work(study, plan, folder, objective)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        SearchPlan(parse_space(["x=1|2|3"]), sampler="grid"),
+        SearchPlan(SPACE, sampler="random", num_trials=3),
+        SearchPlan(SPACE, sampler="random", num_trials=1),
+    ],
+    ids=["grid", "random", "one for two"],
+)
+def test_machines_with_one_storage_never_do_the_same_point(tmp_path, plan):
+    storage = url(tmp_path)
+    open_study(storage, "s", plan)
+    context = multiprocessing.get_context("fork")
+    barrier, folders = context.Barrier(2), [tmp_path / "a", tmp_path / "b"]
+    processes = [
+        context.Process(target=work_in_a_folder_of_its_own, args=(folder, storage, plan, barrier))
+        for folder in folders
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    done = [path.read_text() for folder in folders for path in folder.rglob("done")]
+    wanted = plan.num_trials or 3
+    assert len(set(done)) == len(done) == wanted
+    rows = read_results(open_study(storage, "s", plan), plan, name="s", folder="", recipe={}).trials
+    assert [row.state for row in rows] == ["complete"] * wanted
+    assert sorted(repr(row.settings) for row in rows) == sorted(done)
+    # What was left over when two claimed the last one is there when more are wanted.
+    if plan.sampler == "random":
+        more = replace(plan, num_trials=wanted + 2)
+        for folder in folders:
+            work(open_study(storage, "s", more), more, folder, height)
+        study = open_study(storage, "s", more)
+        rows = read_results(study, more, name="s", folder="", recipe={}).trials
+        assert [row.state for row in rows] == ["complete"] * (wanted + 2)
 
 
 def test_the_front_is_what_a_plain_search_finds(tmp_path):

@@ -27,7 +27,7 @@ from understudy.report.document import run_facts, write_document
 from understudy.report.search_views import search_document
 from understudy.search.plan import Attempt, SearchPlan
 from understudy.search.results import SearchResults, read_results
-from understudy.search.study import bind, open_study, prepare, work
+from understudy.search.study import bind, open_study, work
 
 BASE_NAME = "base"
 RESULTS_NAME, BEST_NAME, PAGE_NAME = "search.json", "best.yaml", "search"
@@ -61,7 +61,6 @@ def begin(search: Search, teach: Callable[[Run], None]) -> None:
     study, base = open_study(search.storage, search.study_name, search.plan), base_run(search)
     teach(base)
     bind(study, made_from(base))
-    prepare(study, search.plan, search.folder)
 
 
 def made_from(base: Run) -> dict[str, str]:

@@ -23,7 +23,7 @@ class TrialRow:
 
     Attributes:
         number: from 0.
-        state: complete, pruned, failed, running or waiting.
+        state: complete, pruned, failed or running.
         settings: path to value, ties included.
         measures: what was measured on the validation split, of the network or of its file.
         curve: (epoch, validation accuracy) as far as it was watched for pruning.
@@ -80,7 +80,9 @@ def read_results(
     study: optuna.Study, plan: SearchPlan, *, name: str, folder: str, recipe: Mapping[str, Any]
 ) -> SearchResults:
     """Return the results of a study; ``recipe`` is what every trial started from."""
-    rows = tuple(trial_row(frozen, plan) for frozen in study.get_trials(deepcopy=False))
+    trials = study.get_trials(deepcopy=False)
+    # One without values was claimed, and nothing has come of it yet.
+    rows = tuple(trial_row(frozen, plan) for frozen in trials if frozen.params)
     return SearchResults(
         name=name,
         plan=plan.to_json()
@@ -100,7 +102,7 @@ def read_results(
 def trial_row(frozen: optuna.trial.FrozenTrial, plan: SearchPlan) -> TrialRow:
     """Return one trial as plain values."""
     parameters = plan.space.parameters
-    known = frozen.params or frozen.system_attrs.get("fixed_params", {})
+    known = frozen.params
     drawn = {
         path: plain_value(parameters[path], known[path]) for path in parameters if path in known
     }

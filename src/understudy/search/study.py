@@ -1,8 +1,9 @@
 """Trials in order: drawn, given to the objective, recorded; Optuna keeps them.
 
-Any number of processes work on one study. A trial whose process died is taken up by the next
-process that looks for work on the same machine and folder, with the same values: what its training
-left on disk is continued.
+Any number of processes, on any number of machines, work on one study. The storage numbers trials,
+and that number is the claim: nobody else has it, and what is drawn is a function of it. A trial
+whose process died is taken up by the next process that looks for work on the same machine and
+folder, with the same values: what its training left on disk is continued.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,6 @@ BINDING_KEY = "made_from"
 EPOCH_KEY, STOPPED_KEY, DEATHS_KEY = "epoch", "stopped", "deaths"
 MAX_DEATHS = 3
 TRIALS_NAME = "trials"
-# A living process needs a moment from drawing a trial to naming its folder, also far away.
-NAMELESS_AFTER = timedelta(seconds=10)
 
 
 def import_optuna() -> Any:
@@ -129,13 +128,19 @@ def make_pruner(plan: SearchPlan) -> optuna.pruners.BasePruner:
     return makers[plan.pruner]()
 
 
-def make_sampler(plan: SearchPlan, num_drawn: int) -> optuna.samplers.BaseSampler:
-    """Return the sampler of the next trial: a function of the seed and the trials so far.
+def make_sampler(plan: SearchPlan, number: int) -> optuna.samplers.BaseSampler:
+    """Return the sampler of one trial: a function of the seed and of the trial's number.
 
-    A sampler of the whole search would draw the first values again when a search goes on.
+    A sampler of the whole search would draw the first values again when a search goes on. Of a
+    grid, the trial's number says which point it is.
     """
     samplers = import_optuna().samplers
-    seed = derive_seed(plan.seed, "search", num_drawn) % (1 << 32)
+    seed = derive_seed(plan.seed, "search", number) % (1 << 32)
+    if plan.sampler == "grid":
+        point = {path: stored(value) for path, value in plan.space.grid()[number].items()}
+        with warnings.catch_warnings():  # Optuna has called it experimental since 2020
+            warnings.simplefilter("ignore")
+            return samplers.PartialFixedSampler(point, samplers.RandomSampler(seed=seed))
     if plan.sampler == "tpe":
         return samplers.TPESampler(seed=seed)
     if plan.sampler == "nsga2":
@@ -143,24 +148,14 @@ def make_sampler(plan: SearchPlan, num_drawn: int) -> optuna.samplers.BaseSample
     return samplers.RandomSampler(seed=seed)
 
 
-def prepare(study: optuna.Study, plan: SearchPlan, folder: Path) -> None:
-    """Put the points of a grid into the queue, once."""
-    if plan.sampler != "grid":
-        return
-    with locked(folder / "draw.lock"):
-        missing = plan.space.grid()[len(study.get_trials(deepcopy=False)) :]
-        for point in missing[: num_left(study, plan)]:
-            study.enqueue_trial({path: stored(value) for path, value in point.items()})
-
-
-def num_left(study: optuna.Study, plan: SearchPlan) -> int:
-    """Return how many trials may still be drawn."""
+def num_wanted(plan: SearchPlan) -> int:
+    """Return how many trials there are to be, of all processes together."""
     wanted = plan.num_trials
     if plan.sampler == "grid":
         size = len(plan.space.grid())
         wanted = size if wanted is None else min(size, wanted)
     assert wanted is not None, "checked: only a grid is without a number"
-    return max(0, wanted - len(study.get_trials(deepcopy=False)))
+    return wanted
 
 
 def work(study: optuna.Study, plan: SearchPlan, folder: Path, objective: Objective) -> None:
@@ -173,44 +168,66 @@ def work(study: optuna.Study, plan: SearchPlan, folder: Path, objective: Objecti
 
 def take(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Trial, Any] | None:
     """Return a trial, with the lock that says that it is worked on; None: nothing is left."""
-    optuna = import_optuna()
-    states = optuna.trial.TrialState
     with locked(folder / "draw.lock"):
-        for frozen in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
-            if frozen.user_attrs.get(FOLDER_KEY) != place(folder) and not nameless(frozen):
-                continue  # of another machine
-            lock = try_lock(trial_folder(folder, frozen.number))
-            if lock is None:
-                continue
-            # Its process may have finished it after the list was made, and then let go of it.
-            if study.get_trials(deepcopy=False)[frozen.number].state != states.RUNNING:
-                lock.close()
-                continue
-            # Values that were not drawn yet are drawn as they would have been.
-            study.sampler = make_sampler(plan, frozen.number)
-            trial = optuna.trial.Trial(study, frozen._trial_id)
-            trial.set_user_attr(FOLDER_KEY, place(folder))
-            if is_worth_another_try(study, trial):
-                log.info("trial %d: taken up where its process left it", frozen.number)
-                return trial, lock
-            lock.close()
-        waiting = study.get_trials(deepcopy=False, states=(states.WAITING,))
-        left = 0 if plan.sampler == "grid" else num_left(study, plan)
-        if not waiting and left == 0:
-            return None
-        study.sampler = make_sampler(plan, len(study.get_trials(deepcopy=False)))
-        trial = study.ask()
-        trial.set_user_attr(FOLDER_KEY, place(folder))
-        lock = try_lock(trial_folder(folder, trial.number))
+        return take_up(study, plan, folder) or claim(study, plan, folder)
+
+
+def take_up(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Trial, Any] | None:
+    """Return a trial whose process in this folder is gone, with its lock; None: there is none."""
+    running = import_optuna().trial.TrialState.RUNNING
+    for frozen in study.get_trials(deepcopy=False, states=(running,)):
+        if frozen.user_attrs.get(FOLDER_KEY) != place(folder):
+            continue  # of another machine
+        if frozen.number >= num_wanted(plan):
+            continue  # left by ``claim``
+        lock = try_lock(trial_folder(folder, frozen.number))
         if lock is None:
-            raise InputError(
-                problem(
-                    f"{trial_folder(folder, trial.number)} is in use by another search",
-                    expected="a folder for one search",
-                    mend="Choose another --out.",
-                )
+            continue
+        # Its process may have finished it after the list was made, and then let go of it.
+        if study.get_trials(deepcopy=False)[frozen.number].state != running:
+            lock.close()
+            continue
+        trial = opened(study, plan, frozen._trial_id, frozen.number)
+        if is_worth_another_try(study, trial):
+            log.info("trial %d: taken up where its process left it", frozen.number)
+            return trial, lock
+        lock.close()
+    return None
+
+
+def claim(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Trial, Any] | None:
+    """Return a new trial, with its lock; None: as many as are wanted were drawn.
+
+    It is created with its folder's name in it: whenever its process dies, that folder takes it up.
+    """
+    if len(study.get_trials(deepcopy=False)) >= num_wanted(plan):
+        return None
+    trials = import_optuna().trial
+    owned = trials.create_trial(
+        state=trials.TrialState.RUNNING, user_attrs={FOLDER_KEY: place(folder)}
+    )
+    trial_id = study._storage.create_new_trial(study._study_id, template_trial=owned)
+    number = study._storage.get_trial(trial_id).number
+    if number >= num_wanted(plan):
+        # Another machine claimed the last one after they were counted. A trial cannot be deleted:
+        # this one stays without values, for when more are wanted.
+        return None
+    lock = try_lock(trial_folder(folder, number))
+    if lock is None:
+        raise InputError(
+            problem(
+                f"{trial_folder(folder, number)} is in use by another search",
+                expected="a folder for one search",
+                mend="Choose another --out.",
             )
-        return trial, lock
+        )
+    return opened(study, plan, trial_id, number), lock
+
+
+def opened(study: optuna.Study, plan: SearchPlan, trial_id: int, number: int) -> optuna.Trial:
+    """Return a trial whose values are drawn, where they are not yet, by the sampler of its own."""
+    study.sampler = make_sampler(plan, number)
+    return import_optuna().trial.Trial(study, trial_id)
 
 
 def is_worth_another_try(study: optuna.Study, trial: optuna.Trial) -> bool:
@@ -233,14 +250,6 @@ def is_worth_another_try(study: optuna.Study, trial: optuna.Trial) -> bool:
     study.tell(trial, state=import_optuna().trial.TrialState.FAIL)
     log.warning("trial %d failed: %s", trial.number, reason)
     return False
-
-
-def nameless(frozen: optuna.trial.FrozenTrial) -> bool:
-    """Return whether a process died between drawing a trial and writing down where it works."""
-    started = frozen.datetime_start
-    if FOLDER_KEY in frozen.user_attrs or started is None:
-        return False
-    return bool(datetime.now() - started > NAMELESS_AFTER)
 
 
 def run_trial(
