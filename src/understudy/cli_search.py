@@ -14,7 +14,7 @@ from understudy.errors import EXIT_FAILURE
 def search(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE", help="A recipe, or an earlier search to go on with."),
+        typer.Argument(metavar="RECIPE", help="A recipe, or the folder of a search to go on with."),
     ] = None,
     space: Annotated[
         list[str] | None,
@@ -25,8 +25,12 @@ def search(
             "rate, weights, temperature, augmentation strength.",
         ),
     ] = None,
-    sampler: Annotated[str, typer.Option(help="tpe, grid, random or nsga2.")] = "tpe",
-    pruner: Annotated[str, typer.Option(help="median, halving, hyperband or none.")] = "median",
+    sampler: Annotated[
+        str | None, typer.Option(help="tpe, grid, random or nsga2. Default: tpe.")
+    ] = None,
+    pruner: Annotated[
+        str | None, typer.Option(help="median, halving, hyperband or none. Default: median.")
+    ] = None,
     objectives: Annotated[
         list[str] | None,
         typer.Option("--objective", metavar="NAME", help="Default: accuracy. Repeatable."),
@@ -43,7 +47,7 @@ def search(
         Path | None, typer.Option("--out", metavar="DIR", help="Default: runs/NAME-search.")
     ] = None,
 ) -> None:
-    """Try settings of a recipe, on validation only; the same command continues a search."""
+    """Try settings of a recipe, on validation only; given its folder, a search goes on."""
     from understudy import stages
     from understudy.recipes.search import BEST_NAME, PAGE_NAME
     from understudy.report.search_views import search_text
@@ -53,7 +57,7 @@ def search(
         space=space or None,
         sampler=sampler,
         pruner=pruner,
-        objectives=tuple(objectives or ("accuracy",)),
+        objectives=objectives or None,
         trials=trials,
         workers=workers,
         storage=storage,

@@ -36,7 +36,8 @@ from understudy.recipes.report import Outcome
 from understudy.recipes.report import report as report_stage
 from understudy.recipes.run import Run, home_folder
 from understudy.recipes.search import base_run
-from understudy.recipes.search_job import SpaceLike, open_search, run_search, searched_recipe
+from understudy.recipes.search_asked import SpaceLike
+from understudy.recipes.search_job import open_search, run_search
 from understudy.recipes.teach import teach as teach_stage
 from understudy.report.ranking import Ranking
 from understudy.search.results import SearchResults
@@ -59,7 +60,6 @@ __all__ = [
     "train",
 ]
 
-DEFAULT_TRIALS = 20
 DEFAULT_DESIGN = DesignPlan()
 
 
@@ -299,9 +299,9 @@ def search(
     recipe: RecipeLike = None,
     *,
     space: SpaceLike = None,
-    sampler: str = "tpe",
-    pruner: str = "median",
-    objectives: Sequence[str] = ("accuracy",),
+    sampler: str | None = None,
+    pruner: str | None = None,
+    objectives: Sequence[str] | None = None,
     trials: int | None = None,
     workers: int = 1,
     storage: str | None = None,
@@ -310,34 +310,37 @@ def search(
 ) -> SearchResults:
     """Try settings of a recipe, each in a training of the student; rank them by validation.
 
-    The same call continues a search that was stopped. The test split is never read.
+    The same call, or one with the search folder as the recipe, continues a search that was stopped:
+    what is not given is as it was. The test split is never read.
 
     Args:
-        space: path to values, items ``path=values``, or a YAML file; None: what the recipe has of
-            learning rate, weights, temperature and augmentation strength.
-        sampler: tpe, grid, random or nsga2.
-        pruner: median, halving, hyperband or none: how poor trainings are stopped early.
-        objectives: of accuracy, nll, ece, num_params, macs, latency_ms, train_seconds.
-        trials: of all sittings together; a grid needs no number.
+        recipe: as in ``distill``, or the folder of an earlier search.
+        space: path to values, items ``path=values``, or a YAML file; by default what the recipe has
+            of learning rate, weights, temperature and augmentation strength.
+        sampler: tpe, grid, random or nsga2; by default tpe.
+        pruner: median, halving, hyperband or none: how poor trainings are stopped early; by default
+            median.
+        objectives: of accuracy, nll, ece, num_params, macs, latency_ms, train_seconds; by default
+            accuracy.
+        trials: of all sittings together; by default 20, or the whole grid.
         workers: processes.
         storage: URL of a database; by default a file in the search folder.
         out: the search folder; by default ``runs/NAME-search``.
 
     Raises:
-        InputError: something given is wrong; every problem is listed.
+        InputError: something given is wrong, or not as it was when the search in the folder was
+            begun; every problem is listed.
         MissingExtraError: Optuna is not installed.
     """
-    checked = searched_recipe(recipe, changes)
     options = {
         "sampler": sampler,
         "pruner": pruner,
-        "objectives": tuple(objectives),
+        "objectives": None if objectives is None else tuple(objectives),
         "num_trials": trials,
+        "storage": storage,
     }
-    if sampler != "grid" and trials is None:
-        options["num_trials"] = DEFAULT_TRIALS
     asked = open_search(
-        checked, space=space, options=options, out=out, storage=storage, workers=workers
+        recipe, changes=changes, space=space, options=options, out=out, workers=workers
     )
     check_recipe(base_run(asked))
     return run_search(asked, train_student, prepare_teachers, workers)

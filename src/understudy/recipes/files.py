@@ -85,15 +85,21 @@ def read_recipe(recipe: str | Path | None = None, changes: Sequence[str] = ()) -
         )
     else:
         values, origin = _parse_yaml(shipped_recipe(str(recipe)), str(recipe)), str(recipe)
+    if isinstance(values, dict):
+        apply_changes(values, changes)
+    return values, origin
+
+
+def apply_changes(values: dict[str, Any], changes: Sequence[str]) -> None:
+    """Apply ``path.to.key=value`` items, in place; raise one RecipeError for all bad ones."""
     problems: list[str] = []
-    for change in changes if isinstance(values, dict) else ():
+    for change in changes:
         try:
             apply_change(values, change)
         except RecipeError as error:
             problems += error.problems
     if problems:
         raise RecipeError(*problems)
-    return values, origin
 
 
 def apply_change(values: Any, change: str) -> None:

@@ -22,6 +22,7 @@ from understudy.recipes.networks import trained_model
 from understudy.recipes.rank_probe import finished_teacher
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
+from understudy.recipes.search_asked import Asked
 from understudy.recipes.search_space import student_only, trial_recipe, with_settings
 from understudy.report.document import run_facts, write_document
 from understudy.report.search_views import search_document
@@ -31,7 +32,6 @@ from understudy.search.study import bind, open_study, work
 
 BASE_NAME = "base"
 RESULTS_NAME, BEST_NAME, PAGE_NAME = "search.json", "best.yaml", "search"
-DATABASE_NAME = "search.db"
 
 TrainStudent = Callable[[Run], Record]
 
@@ -45,8 +45,10 @@ class Search:
         storage: URL of the database.
         study_name: in the database, which may hold others.
         num_threads: of a trial where the recipe says nothing; None: as the recipe says.
+        asked: what the folder remembers.
     """
 
+    asked: Asked
     plan: SearchPlan
     values: dict[str, Any]
     folder: Path
@@ -59,6 +61,7 @@ class Search:
 def begin(search: Search, teach: Callable[[Run], None]) -> None:
     """Open the study, and load or train the teachers that all trials learn from."""
     study, base = open_study(search.storage, search.study_name, search.plan), base_run(search)
+    search.asked.save(search.folder)
     teach(base)
     bind(study, made_from(base))
 

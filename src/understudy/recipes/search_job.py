@@ -10,59 +10,64 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from understudy.artifacts import content_hash, exclusive
+from understudy.artifacts import exclusive
 from understudy.errors import InputError, problem
 from understudy.progress import log, setup_logging
-from understudy.recipes.files import RECIPE_NAME, read_recipe
+from understudy.recipes.files import RECIPE_NAME
 from understudy.recipes.run import home_folder
-from understudy.recipes.schema import Recipe, parse_recipe
 from understudy.recipes.search import (
     BASE_NAME,
-    DATABASE_NAME,
     Search,
     TrainStudent,
     begin,
     do_trials,
     finish,
 )
-from understudy.recipes.search_space import check_space, default_space, student_only
+from understudy.recipes.search_asked import (
+    ASKED_NAME,
+    Asked,
+    SpaceLike,
+    asked_for,
+    check_same,
+    identity,
+    read_asked,
+    storage_url,
+)
+from understudy.recipes.search_space import check_space
 from understudy.runtime import num_usable_cores
 from understudy.search.plan import SearchPlan
 from understudy.search.results import SearchResults
-from understudy.search.space import Space, parse_space
-
-SpaceLike = Mapping[str, Any] | Sequence[str] | str | Path | None
 
 
 def open_search(
-    recipe: Recipe,
+    recipe: Any,
     *,
+    changes: Sequence[str],
     space: SpaceLike,
     options: Mapping[str, Any],
     out: str | Path | None,
-    storage: str | None,
     workers: int,
 ) -> Search:
     """Return a search whose parts were checked.
 
+    Args:
+        recipe: what trials start from, or the folder of a search to go on with.
+        options: what else the search is asked for, by the names of ``Asked``; None: not given.
+
     Raises:
-        InputError: with every problem of the space, or of the plan.
+        InputError: with every problem of the space, or of the plan; or with everything that was
+            different when the search in the folder was begun.
     """
-    values = recipe.model_dump(mode="json")
-    found = default_space(recipe) if space is None else space_of(space)
-    check_space(values, found)
-    plan = SearchPlan(space=found, seed=recipe.seed, recipe=identity(recipe), **options)
-    if workers < 1:
-        raise InputError(
-            problem(f"{workers} workers", expected="at least 1", mend="Correct --workers.")
-        )
-    if plan.prunes and recipe.device.num_processes > 1:
-        log.info("trainings of several processes are not stopped early")
-        plan = replace(plan, pruner="none")
-    folder = Path(out) if out is not None else Path("runs") / f"{recipe.name}-search"
-    if (folder / RECIPE_NAME).exists():
+    earlier = earlier_search(recipe, out)
+    asked = asked_for(recipe, earlier, changes=changes, space=space, options=options)
+    if earlier is not None:
+        folder = Path(recipe)
+    else:
+        folder = Path(out) if out is not None else Path("runs") / f"{asked.recipe.name}-search"
+        earlier = read_asked(folder)
+    if earlier is not None:
+        check_same(earlier, asked, folder)
+    elif (folder / RECIPE_NAME).exists():
         raise InputError(
             problem(
                 f"{folder} is the folder of a run",
@@ -70,57 +75,66 @@ def open_search(
                 mend="Name another one with --out.",
             )
         )
-    url = storage or f"sqlite:///{(folder / DATABASE_NAME).resolve()}"
+    values = asked.recipe.model_dump(mode="json")
+    check_space(values, asked.space)
+    if workers < 1:
+        raise InputError(
+            problem(f"{workers} workers", expected="at least 1", mend="Correct --workers.")
+        )
     threads = max(1, num_usable_cores() // workers) if workers > 1 else None
-    return Search(plan, values, folder, home_folder(), url, recipe.name, threads)
+    url = storage_url(asked, folder)
+    plan = plan_of(asked)
+    return Search(asked, plan, values, folder, home_folder(), url, asked.recipe.name, threads)
 
 
-def identity(recipe: Recipe) -> str:
-    """Return a hash of what decides a trial besides its settings, wherever it lies and runs."""
-    names = set(type(recipe).model_fields) - {"name", "device", "measurement"}
-    values = recipe.section(*names)
-    values["data"] = {key: value for key, value in values["data"].items() if key != "source"}
-    return content_hash(values)
+def earlier_search(recipe: Any, out: str | Path | None) -> Asked | None:
+    """Return what the search was asked for whose folder was given as the recipe, if it was.
 
-
-def space_of(given: Mapping[str, Any] | Sequence[str] | str | Path) -> Space:
-    """Return the space that a mapping, items, or the path of a YAML file means.
-
-    Among items, one without ``=`` is such a path.
+    Raises:
+        InputError: the folder does not say it, or ``out`` is another folder.
     """
-    if isinstance(given, Mapping):
-        return parse_space(given)
-    items = [str(given)] if isinstance(given, str | Path) else list(given)
-    merged: dict[str, Any] = {}
-    texts = []
-    for item in items:
-        if "=" in item:
-            texts.append(item)
-            continue
-        values = yaml_of(Path(item))
-        merged |= values
-    both = {**merged, **dict(text.split("=", 1) for text in texts)}
-    return parse_space(both if merged else texts)
-
-
-def yaml_of(path: Path) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        line = " ".join(str(error).split())
+    if not isinstance(recipe, str | Path) or not Path(recipe).is_dir():
+        return None
+    folder = Path(recipe)
+    earlier = read_asked(folder)
+    if earlier is None and (folder / BASE_NAME / RECIPE_NAME).exists():
         raise InputError(
             problem(
-                f"--space {path} ({line})",
-                expected="PATH=VALUES, or a YAML file of paths and values",
-                mend="For example distillation.temperature=1|2|4|8.",
+                f"{folder} does not say what its search was asked for",
+                expected=f"a folder with {ASKED_NAME} in it",
+                mend="Give the recipe and its options as they were, with --out.",
             )
-        ) from None
-    if not isinstance(values, dict):
-        raise InputError(
-            problem(f"--space {path} holds no mapping", expected="path: values", mend="Correct it.")
         )
-    return values
+    if earlier is not None and out is not None and Path(out).resolve() != folder.resolve():
+        raise InputError(
+            problem(
+                f"--out {out} beside {folder}, an earlier search",
+                expected="a search to go on with, which stays in its folder; or a new one",
+                mend="Leave out --out, or give a recipe.",
+            )
+        )
+    return earlier
+
+
+def plan_of(asked: Asked) -> SearchPlan:
+    """Return the plan of a search.
+
+    Raises:
+        InputError: every problem of it.
+    """
+    plan = SearchPlan(
+        space=asked.space,
+        objectives=asked.objectives,
+        sampler=asked.sampler,
+        pruner=asked.pruner,
+        num_trials=asked.num_trials,
+        seed=asked.recipe.seed,
+        recipe=identity(asked.recipe),
+    )
+    if plan.prunes and asked.recipe.device.num_processes > 1:
+        log.info("trainings of several processes are not stopped early")
+        plan = replace(plan, pruner="none")
+    return plan
 
 
 def run_search(
@@ -135,7 +149,7 @@ def run_search(
             # Also what a worker left that died.
             do_trials(search, train_student)
         except KeyboardInterrupt:
-            log.warning("the same command continues the search in %s", search.folder)
+            log.warning("`understudy search %s` continues where this stopped", search.folder)
             raise
         return finish(search)
 
@@ -172,15 +186,3 @@ def be_worker(search: Search) -> None:
         do_trials(search, train_student)
     except KeyboardInterrupt:
         os._exit(130)
-
-
-def searched_recipe(recipe: Any, changes: Sequence[str]) -> Recipe:
-    """Return the validated recipe that trials start from; of a search folder, its own."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if isinstance(recipe, Mapping):
-        return parse_recipe(student_only(dict(recipe)))
-    if recipe is not None and (Path(recipe) / BASE_NAME / RECIPE_NAME).is_file():
-        recipe = Path(recipe) / BASE_NAME
-    values, origin = read_recipe(recipe, changes)
-    return parse_recipe(values, origin=origin)

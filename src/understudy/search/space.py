@@ -37,7 +37,7 @@ class Range:
     def text(self) -> str:
         """Return it as it is written in a space."""
         marks = ("int:" if self.whole else "") + ("log:" if self.log else "")
-        return f"{marks}{self.low:g}..{self.high:g}"
+        return f"{marks}{number_text(self.low)}..{number_text(self.high)}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Space:
             path: f"1 - {other}" for path, other in self.ties.items()
         }
 
+    def to_yaml(self) -> dict[str, Any]:
+        """Return what ``parse_space`` makes the same space of."""
+        choices = {p: list(c.values) for p, c in self.parameters.items() if isinstance(c, Choice)}
+        return self.to_json() | choices
+
     def grid(self) -> list[dict[str, Any]]:
         """Return every combination of choices, the last path varying fastest.
 
@@ -91,6 +96,12 @@ class Space:
             assert isinstance(parameter, Choice)
             points = [{**point, path: value} for point in points for value in parameter.values]
         return points
+
+
+def number_text(number: float) -> str:
+    """Return a number's shortest text that means it exactly."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def yaml_text(value: Any) -> str:

@@ -78,7 +78,8 @@ def open_study(storage: str, name: str, plan: SearchPlan) -> optuna.Study:
     elif found != plan.to_json():
         raise InputError(
             problem(
-                f"'{name}' in {storage} is another search: {difference(found, plan.to_json())}",
+                f"'{name}' in {storage} is another search: "
+                f"{'; '.join(differences(found, plan.to_json()))}",
                 expected="the same recipe, space, objectives, sampler and seed, to go on",
                 mend="Give what was given before, or another --out.",
             )
@@ -107,12 +108,15 @@ def bind(study: optuna.Study, made_from: Mapping[str, str]) -> None:
         )
 
 
-def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Return the first thing in which two plans differ."""
-    for key, value in asked.items():
-        if found.get(key) != value:
-            return f"its {key} is {found.get(key)}, and {value} was asked for"
-    return "its plan differs"
+def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Return in what a search differs from the one that is asked for."""
+    return [
+        f"its {key} is another"
+        if key == "recipe"  # a hash, which says nothing to a reader
+        else f"its {key} is {found.get(key)}, and {value} was asked for"
+        for key, value in asked.items()
+        if found.get(key) != value
+    ]
 
 
 def make_pruner(plan: SearchPlan) -> optuna.pruners.BasePruner:
