@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tiny_run import TINY_RECIPE
+from understudy.errors import InputError
 from understudy.models.build import build_network
 from understudy.recipes.design import CANDIDATES_NAME, DesignPlan, fitting_candidates
 from understudy.recipes.design_job import open_design
@@ -137,6 +138,34 @@ def test_the_budget_that_is_given_counts_for_every_kind_of_recipe(tmp_path, tiny
     assert run.recipe.budget.latency_ms.at_most == 5
     assert run.recipe.seed == 9
     assert values == yaml.safe_load(tiny_recipe.read_text())
+
+
+def test_settings_that_name_layers_of_the_student_are_refused_at_the_start(tmp_path):
+    def opened(**changes):
+        values = yaml.safe_load(TINY_RECIPE) | changes
+        return open_design(
+            values, budget=["num_params=2500"], device=None, changes=(), out=tmp_path / "d"
+        )
+
+    on_layers = {"layers": [{"student": "network.1", "teacher": "embedding"}]}
+    on_embedding = {"layers": [{"student": "embedding", "teacher": "network.1"}]}
+    losses = {"hint": on_layers, "nst": on_layers, "rkd": on_embedding, "dist": {}}
+    with pytest.raises(InputError) as caught:
+        opened(distillation={"losses": losses}, exits={"layers": ["network.1"]})
+    (text,) = caught.value.problems
+    named = "distillation.losses.hint.layers, distillation.losses.nst.layers, exits: of the"
+    assert text.startswith(named)
+    assert "Drop them" in text
+    strategy = {"name": "deep_to_shallow", "layers": ["network.1"]}
+    with pytest.raises(InputError, match=r"^strategy\.layers: of the recipe's own student"):
+        opened(strategy=strategy, teacher=None)
+    weights = tmp_path / "weights.pt"
+    weights.touch()
+    student = {"model": {"name": "mlp"}, "checkpoint": str(weights)}
+    with pytest.raises(InputError, match=r"^student\.checkpoint: of the recipe's own student"):
+        opened(student=student, control=False)
+    assert not (tmp_path / "d").exists()
+    assert opened(distillation={"losses": {"rkd": {}, "dist": {}}}).recipe.budget.num_params == 2500
 
 
 def test_wrong_input_is_told(warm, tiny_recipe, tmp_path):

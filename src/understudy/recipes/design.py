@@ -268,7 +268,6 @@ def training_run(run: Run, values: dict[str, Any], candidate: Candidate, rung: R
         "views": values["views"]
         | {"num_views": min(values["views"]["num_views"], rung.num_epochs)},
         "finetuning": None,
-        "exits": None,
         "training": training
         | {
             "num_epochs": rung.num_epochs,

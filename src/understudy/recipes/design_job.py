@@ -25,7 +25,7 @@ from understudy.recipes.design import (
 from understudy.recipes.files import RECIPE_NAME, apply_change, read_recipe
 from understudy.recipes.run import Run, home_folder
 from understudy.recipes.schema import Recipe, parse_recipe
-from understudy.recipes.search_space import check_strategy, student_only
+from understudy.recipes.search_space import check_fixed_student, check_strategy, student_only
 from understudy.report.design_views import design_document
 from understudy.report.document import run_facts, write_document
 
@@ -63,7 +63,7 @@ def open_design(
                 mend="For example --budget num_params=12000 --budget latency_ms=50.",
             )
         )
-    if problems := check_strategy(checked):
+    if problems := check_strategy(checked) + check_fixed_student(checked):
         raise InputError(*problems)
     checked = parse_recipe(student_only(checked.model_dump(mode="json")))
     folder = design_folder(checked.name, out)

@@ -12,11 +12,14 @@ from understudy.errors import InputError, RecipeError, problem
 from understudy.models.catalog import check_model
 from understudy.recipes.files import apply_change
 from understudy.recipes.schema import Recipe, parse_recipe
+from understudy.recipes.strategies import DeepToShallow
 from understudy.search.plan import Attempt
 from understudy.search.space import Choice, Range, Space, parse_space, yaml_text
 
 # Not a key of the recipe: a factor on how far the transforms of the views go.
 STRENGTH = "views.strength"
+# What the classifier reads: a layer that every network has.
+EMBEDDING = "embedding"
 
 
 def default_space(recipe: Recipe) -> Space:
@@ -115,6 +118,30 @@ def check_strategy(recipe: Recipe) -> list[str]:
             f"a search with strategy {recipe.strategy.name}, whose students are a chain",
             expected="a strategy that trains one student: every trial is one training",
             mend="Search with offline or another strategy, and train the chain with what is found.",
+        )
+    ]
+
+
+def check_fixed_student(recipe: Recipe) -> list[str]:
+    """Return the problem of settings that only the recipe's own student can have."""
+    named = [
+        f"distillation.losses.{name}.layers"
+        for name, loss in recipe.distillation.losses.items()
+        if any(pair.student != EMBEDDING for pair in loss.layers)
+    ]
+    if recipe.exits is not None:
+        named.append("exits")
+    if isinstance(recipe.strategy, DeepToShallow):
+        named.append("strategy.layers")
+    if recipe.student.checkpoint is not None:
+        named.append("student.checkpoint")
+    if not named:
+        return []
+    return [
+        problem(
+            f"{', '.join(named)}: of the recipe's own student, in a search for another one",
+            expected="settings that every network can have, such as losses on the embedding",
+            mend="Drop them; name layers of the student that was found when that is trained.",
         )
     ]
 
