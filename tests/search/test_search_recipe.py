@@ -5,6 +5,7 @@ import time
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from tiny_run import TINY_RECIPE
 from understudy.artifacts import file_hash
@@ -64,6 +65,46 @@ def test_the_same_command_goes_on_and_finished_trials_stay(warm, tiny_recipe, se
     recipe = search(warm, tiny_recipe, folder, *changed)
     assert recipe.code == 2
     assert "is another search: its recipe" in recipe.err
+
+
+def files_of(folder):
+    """Return every file with its content and time of change."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (file_hash(path), path.stat().st_mtime_ns) for path in paths}
+
+
+def test_a_teacher_that_would_become_another_one_is_told_before_it_is_trained(
+    warm, tiny_recipe, searched
+):
+    folder, _ = searched
+    before = files_of(folder / "s" / "base" / "teacher")
+    other = warm.run("search", folder / "s", "--set", "device.num_threads=2", home=folder / "home")
+    assert other.code == 2
+    assert "is a search with another device of the training of the teacher" in other.err
+    assert "teacher: started" not in other.err
+    assert files_of(folder / "s" / "base" / "teacher") == before
+
+
+def test_other_weights_of_a_teacher_are_told_before_they_are_taken(
+    warm, tiny_recipe, searched, tmp_path
+):
+    weights = tmp_path / "teacher.safetensors"
+    first = next((searched[0] / "s" / "base").rglob("teacher/model.safetensors"))
+    weights.write_bytes(first.read_bytes())
+    options = ["--sampler", "grid", "--space", "training.num_epochs=1"]
+    options += ["--set", "teacher.training=null", "--set", f"teacher.checkpoint={weights}"]
+    begun = search(warm, tiny_recipe, tmp_path, *options)
+    assert begun.code == 0, begun.err
+    before = files_of(tmp_path / "s" / "base" / "teacher")
+    state = load_file(weights)
+    save_file({name: value + 0.25 for name, value in state.items()}, weights)
+    other = search(warm, tiny_recipe, tmp_path, *options)
+    assert other.code == 2
+    assert "is a search with another weights file of the teacher" in other.err
+    assert files_of(tmp_path / "s" / "base" / "teacher") == before
+    weights.write_bytes(first.read_bytes())
+    again = search(warm, tiny_recipe, tmp_path, *options)
+    assert again.code == 0, again.err
 
 
 def test_a_killed_training_is_continued_to_the_same_result(warm, tiny_recipe, tmp_path):

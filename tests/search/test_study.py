@@ -14,7 +14,7 @@ from understudy.errors import InputError, TrainingError
 from understudy.search.plan import Pruned, SearchPlan
 from understudy.search.results import best_of, importances, read_results
 from understudy.search.space import parse_space
-from understudy.search.study import bind, open_study, trial_folder, work
+from understudy.search.study import bind, check_bound, open_study, trial_folder, work
 
 SPACE = parse_space(["x=0..1", "y=1|2|4"])
 GRID = parse_space(["x=1|2|3", "y=a|b"])
@@ -308,6 +308,13 @@ def test_trials_of_other_data_or_teachers_are_not_compared(tmp_path):
     bind(study, {"data": "a", "teacher": "b"})
     with pytest.raises(InputError, match="a search with another teacher; expected the same"):
         bind(study, {"data": "a", "teacher": "c"})
+    # What is known before a training is checked by itself; what is new is added.
+    check_bound(study, {"data": "a", "weights": "d"})
+    bind(study, {"data": "a", "weights": "d"})
+    with pytest.raises(InputError, match="with another data and another weights; expected"):
+        check_bound(study, {"data": "b", "weights": "e"})
+    with pytest.raises(InputError, match="with another teacher"):
+        check_bound(study, {"teacher": "c"})
 
 
 def test_pruned_is_not_an_error_of_the_package():

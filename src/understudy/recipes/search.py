@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from understudy.artifacts import Record, write_text
+from understudy.artifacts import Record, content_hash, write_text
 from understudy.evaluate.latency import measure_latency
 from understudy.export.onnx_file import export_onnx
 from understudy.models.cost import model_cost
@@ -24,11 +24,13 @@ from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
 from understudy.recipes.search_asked import Asked
 from understudy.recipes.search_space import student_only, trial_recipe, with_settings
+from understudy.recipes.teach import weights_hash
+from understudy.recipes.train import role_section
 from understudy.report.document import run_facts, write_document
 from understudy.report.search_views import search_document
 from understudy.search.plan import Attempt, SearchPlan
 from understudy.search.results import SearchResults, read_results
-from understudy.search.study import bind, open_study, work
+from understudy.search.study import bind, check_bound, open_study, work
 
 BASE_NAME = "base"
 RESULTS_NAME, BEST_NAME, PAGE_NAME = "search.json", "best.yaml", "search"
@@ -61,17 +63,31 @@ class Search:
 def begin(search: Search, teach: Callable[[Run], None]) -> None:
     """Open the study, and load or train the teachers that all trials learn from."""
     study, base = open_study(search.storage, search.study_name, search.plan), base_run(search)
+    ingredients = known_ingredients(base)
+    # Before a teacher is trained for hours and the one of the earlier trials is gone.
+    check_bound(study, ingredients)
     search.asked.save(search.folder)
     teach(base)
-    bind(study, made_from(base))
+    bind(study, ingredients | taught(base))
 
 
-def made_from(base: Run) -> dict[str, str]:
-    """Return what trials can only be compared on: the pictures and the teachers' weights."""
-    found = {"data": str(base.parent("split", "teach").payload["fingerprint"])}
-    if base.teaches_first:
-        found |= {role: base.parent(role, "teach").hash for role in base.teachers}
+def known_ingredients(base: Run) -> dict[str, str]:
+    """Return what trials can only be compared on, as far as it is known before any training."""
+    found = {"data": base.source.fingerprint}
+    for role, teacher in base.teachers.items() if base.teaches_first else ():
+        if teacher.training is None:
+            found[f"weights file of the {role}"] = weights_hash(base, role)
+        else:  # the recipe is the same: what can differ is the device
+            section = role_section(base, role)
+            found[f"device of the training of the {role}"] = content_hash(section)
     return found
+
+
+def taught(base: Run) -> dict[str, str]:
+    """Return the rest of what trials can only be compared on: the teachers as they came out."""
+    if not base.teaches_first:
+        return {}
+    return {role: base.parent(role, "teach").hash for role in base.teachers}
 
 
 def do_trials(search: Search, train_student: TrainStudent) -> None:

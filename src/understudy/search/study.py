@@ -88,24 +88,30 @@ def open_study(storage: str, name: str, plan: SearchPlan) -> optuna.Study:
     return study
 
 
-def bind(study: optuna.Study, made_from: Mapping[str, str]) -> None:
-    """Keep in the study what its trials are made from; refuse to go on with something else.
+def check_bound(study: optuna.Study, made_from: Mapping[str, str]) -> None:
+    """Refuse to go on with something else than what the trials so far were made from.
+
+    Args:
+        made_from: what it is, as far as it is known.
 
     Raises:
-        InputError: earlier trials had other data, or a teacher with other weights.
+        InputError: earlier trials had other data, or another teacher.
     """
-    found = study.user_attrs.get(BINDING_KEY)
-    if found is None:
-        study.set_user_attr(BINDING_KEY, dict(made_from))
-    elif found != dict(made_from):
-        changed = [key for key in made_from if found.get(key) != made_from[key]]
+    found = study.user_attrs.get(BINDING_KEY, {})
+    if changed := [key for key in made_from if found.get(key, made_from[key]) != made_from[key]]:
         raise InputError(
             problem(
-                f"'{study.study_name}' is a search with another {' and '.join(changed)}",
+                f"'{study.study_name}' is a search with another {' and another '.join(changed)}",
                 expected="the same pictures and teacher weights, as its trials are compared",
                 mend="Give what was given before, or another --out.",
             )
         )
+
+
+def bind(study: optuna.Study, made_from: Mapping[str, str]) -> None:
+    """Keep in the study what its trials are made from, and check it."""
+    check_bound(study, made_from)
+    study.set_user_attr(BINDING_KEY, study.user_attrs.get(BINDING_KEY, {}) | dict(made_from))
 
 
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
