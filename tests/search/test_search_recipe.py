@@ -1,7 +1,9 @@
 """The command on a tiny recipe: files, going on, several processes, wrong input."""
 
+import contextlib
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -9,6 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from tiny_run import TINY_RECIPE
 from understudy.artifacts import file_hash
+from understudy.recipes import job, train
+from understudy.recipes.schema import parse_recipe
+from understudy.recipes.search import measured
+from understudy.recipes.search_job import open_search
+from understudy.search.plan import Attempt
+from understudy.stages import train_student
 
 
 def search(warm, tiny_recipe, folder, *options):
@@ -135,6 +143,45 @@ def test_a_killed_training_is_continued_to_the_same_result(warm, tiny_recipe, tm
     assert "trial 1: taken up" in finished.err
     assert "trial 0:" not in finished.err, "a finished trial is not repeated"
     assert results(folder) == results(tmp_path / "whole")
+
+
+def test_a_half_done_trial_goes_on_with_another_share_of_the_cores(tmp_path, monkeypatch):
+    values = yaml.safe_load(TINY_RECIPE) | {"teacher": None, "device": {"num_threads": None}}
+    values |= {"strategy": {"name": "ema_teacher"}}
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path / "home"))
+    threads = []
+    # Told and not done: another number of threads may round otherwise.
+    monkeypatch.setattr(train, "use_threads", lambda number, **_: threads.append(number))
+    monkeypatch.setattr(job, "use_threads", lambda number: None)
+
+    def measures(out, *, share, stop_after=None):
+        """Train one trial in this process; return its measures and the epochs that it told."""
+        opened = open_search(
+            parse_recipe(values), changes=(), space=["seed=3"], options={}, out=out, workers=1
+        )
+        told = []
+
+        def report(epoch, accuracy):
+            told.append(epoch)
+            if epoch == stop_after:
+                raise KeyboardInterrupt
+
+        attempt = Attempt(0, {"seed": 3}, out / "trials" / "0000", report)
+        search = replace(opened, num_threads=share)
+        with contextlib.suppress(KeyboardInterrupt):
+            found = measured(search, attempt, train_student)
+            return {name: found[name] for name in ("accuracy", "nll", "num_steps")}, told
+        return None, told
+
+    first, all_epochs = measures(tmp_path / "whole", share=None)
+    assert len(all_epochs) == 4
+    stopped, begun = measures(tmp_path / "broken", share=2, stop_after=all_epochs[1])
+    assert stopped is None
+    assert begun == all_epochs[:2]
+    last, rest = measures(tmp_path / "broken", share=1)
+    assert rest == all_epochs[2:]
+    assert last == first
+    assert threads == [None, 2, 1]
 
 
 def test_accuracy_against_size_is_a_front(warm, tiny_recipe, tmp_path):

@@ -67,7 +67,7 @@ def working(run: Run, command: str = "resume") -> Iterator[None]:
 
 def start(run: Run) -> None:
     """Prepare this process and write the recipe down, so that the folder can be resumed."""
-    use_threads(run.recipe.device.num_threads)
+    use_threads(run.num_threads)
     for leftover in list(run.folder.rglob(".*.part")):  # of a process that was killed
         if leftover.exists():  # it is not in one that went with its folder
             clear_part(leftover)

@@ -38,7 +38,7 @@ NUM_SAMPLE_IMAGES = 512
 def label(run: Run) -> Record:
     """Store every teacher's outputs for every view of the training split that lacks them."""
     require_teacher(run, doing="label with")
-    use_threads(run.recipe.device.num_threads)
+    use_threads(run.num_threads)
     section = run.recipe.section("seed", "views", "labelling")
     section["features"] = {
         role: [tap.key for tap in teacher_features(run, role)] for role in run.teachers

@@ -65,6 +65,8 @@ class Run:
         steps: the steps of a chain before this one; the last of them trains this one's teacher.
         derived_from: what the user wrote, where the recipe was made from that; else None.
         watch: told the rows of the student's training; may end it by raising.
+        shared_threads: this process's share of the cores, used where the recipe names no number;
+            None: all. It is no part of the recipe, so another share goes on with the same work.
     """
 
     recipe: Recipe
@@ -75,6 +77,12 @@ class Run:
     steps: tuple[Run, ...] = ()
     derived_from: Recipe | None = None
     watch: Callable[[Mapping[str, Any]], None] | None = None
+    shared_threads: int | None = None
+
+    @property
+    def num_threads(self) -> int | None:
+        """Threads of this process; None: all cores, or their share among its processes."""
+        return self.recipe.device.num_threads or self.shared_threads
 
     @property
     def asked(self) -> Recipe:
@@ -214,7 +222,8 @@ class Run:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave loaded data out when a run is sent to another process, which loads its own."""
-        return {name: vars(self)[name] for name in ("recipe", "folder", "home", "reused", "step")}
+        kept = ("recipe", "folder", "home", "reused", "step", "shared_threads")
+        return {name: vars(self)[name] for name in kept}
 
     # Stages
 

@@ -164,10 +164,7 @@ def trial_run(search: Search, attempt: Attempt) -> Run:
     if not any(path.split(".")[0] in ("teacher", "strategy", "data") for path in attempt.settings):
         values = with_finished_teachers(base_run(search))
     recipe = trial_recipe(values, attempt)
-    if recipe.device.num_threads is None and search.num_threads is not None:
-        device = recipe.device.model_copy(update={"num_threads": search.num_threads})
-        recipe = recipe.model_copy(update={"device": device})
-    run = Run(recipe, attempt.folder, search.home)
+    run = Run(recipe, attempt.folder, search.home, shared_threads=search.num_threads)
 
     def watch(row: Mapping[str, Any]) -> None:
         if "validation_accuracy" in row:

@@ -141,7 +141,7 @@ def fit(fabric: Fabric, run: Run, role: str, folder: Path, prepare: Preparation)
     """Train in this process, perhaps one of several; the first one writes weights and metrics."""
     if fabric.world_size > 1:
         setup_logging(quiet=not fabric.is_global_zero)
-    use_threads(run.recipe.device.num_threads, num_processes=fabric.world_size)
+    use_threads(run.num_threads, num_processes=fabric.world_size)
     model, plan = prepare(run, role, folder)
     shown = shown_progress(f"training the {role}", quiet=not fabric.is_global_zero)
     with shown as progress:
