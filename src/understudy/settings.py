@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+# More than any machine has cores; torch and the runtimes fail on numbers beyond 32 bits.
+MAX_THREADS = 4096
+
 
 class Section(BaseModel):
     """Settings that do not change once made; an unknown key or a value of NaN is an error."""

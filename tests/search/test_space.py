@@ -140,6 +140,27 @@ def test_strength_scales_how_far_transforms_go():
     assert scaled_transforms(given, 0.0)[0]["pad_crop"]["padding"] == 0
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "device.num_threads",
+        "measurement.num_threads.0",
+        "budget.latency_ms.threads",
+        "exits.policy.num_threads",
+    ],
+)
+def test_a_number_of_threads_that_no_machine_has_is_refused(path):
+    values = tiny_values()
+    values["measurement"]["num_threads"] = [1]
+    values["budget"]["latency_ms"] = {"at_most": 50}
+    values["exits"] = {"layers": ["layers.1"]}
+    check_space(values, parse_space([f"{path}=int:1..4096"]))
+    with pytest.raises(InputError) as caught:
+        check_space(values, parse_space([f"{path}=int:1..999999999999"]))
+    (text,) = caught.value.problems
+    assert f"`{path}` is 999999999999: Input should be less than or equal to 4096" in text
+
+
 def test_a_plan_says_everything_that_is_wrong_with_it():
     space = parse_space(["a=1|2"])
     with pytest.raises(InputError) as caught:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from understudy.settings import Section
+from understudy.settings import MAX_THREADS, Section
 
 Status = Literal["passed", "failed", "not_measured"]
 
@@ -33,7 +33,7 @@ class LatencyLimit(Section):
     """A limit on the time that the exported file takes for one batch."""
 
     batch: Annotated[int, Field(gt=0, description="Pictures a batch.")] = 1
-    threads: Annotated[int, Field(gt=0, description="Threads of the runtime.")] = 1
+    threads: Annotated[int, Field(gt=0, le=MAX_THREADS, description="Threads of the runtime.")] = 1
     percentile: Annotated[Literal[50, 95, 99], Field(description="Of the runs, nearest rank.")] = 95
     at_most: Annotated[float, Field(gt=0, description="Milliseconds a batch.")]
 

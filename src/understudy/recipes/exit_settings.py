@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from understudy.settings import Section
+from understudy.settings import MAX_THREADS, Section
 from understudy.train.exit_settings import ExitGuidance
 
 
@@ -25,7 +25,9 @@ class ExitPolicySection(Section):
     temperature_scaling: Annotated[
         bool, Field(description="Calibrate each exit's confidence first (Guo et al. 2017).")
     ] = True
-    num_threads: Annotated[int, Field(gt=0, description="Of the measured times.")] = 1
+    num_threads: Annotated[
+        int, Field(gt=0, le=MAX_THREADS, description="Of the measured times.")
+    ] = 1
 
     @model_validator(mode="after")
     def _target_makes_sense(self) -> ExitPolicySection:

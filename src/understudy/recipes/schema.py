@@ -19,7 +19,7 @@ from understudy.recipes.rank_settings import CandidateName, ProbeSection
 from understudy.recipes.release_settings import ReleaseSection
 from understudy.recipes.sections import DataSection, StudentSection, TeacherSection, ViewsSection
 from understudy.recipes.strategies import STRATEGIES, Offline, Strategy, label_users
-from understudy.settings import Section
+from understudy.settings import MAX_THREADS, Section
 from understudy.train.distill_settings import DistillSettings
 from understudy.train.settings import TrainSettings
 
@@ -59,7 +59,8 @@ class MeasurementSection(Section):
 
     batch_sizes: tuple[Annotated[int, Field(gt=0)], ...] = (1, 100)
     num_threads: Annotated[
-        tuple[Annotated[int, Field(gt=0)], ...] | None, Field(description="null: 1 and all.")
+        tuple[Annotated[int, Field(gt=0, le=MAX_THREADS)], ...] | None,
+        Field(description="null: 1 and all."),
     ] = None
     min_seconds: Annotated[float, Field(gt=0, description="Time spent on each combination.")] = 1.0
 
@@ -69,7 +70,9 @@ class DeviceSection(Section):
 
     accelerator: Literal["cpu", "cuda", "auto"] = "cpu"
     num_processes: Annotated[int, Field(gt=0, description="Data-parallel processes.")] = 1
-    num_threads: Annotated[int | None, Field(gt=0, description="null: all cores.")] = None
+    num_threads: Annotated[
+        int | None, Field(gt=0, le=MAX_THREADS, description="null: all cores.")
+    ] = None
 
 
 class Recipe(Section):
