@@ -1,9 +1,12 @@
 """Search spaces: what the texts mean, what a recipe becomes, and every mistake at once."""
 
 import pytest
+import torch
 import yaml
 
 from tiny_run import TINY_RECIPE
+from understudy.data.view_spec import TRANSFORM_PARAMETERS, check_spec
+from understudy.data.views import Views
 from understudy.errors import InputError
 from understudy.recipes.schema import parse_recipe
 from understudy.recipes.search_space import (
@@ -135,6 +138,12 @@ def test_strength_scales_how_far_transforms_go():
     assert doubled[3]["color_jitter"]["brightness"] == pytest.approx([0, 2.2])
     assert doubled[4]["grayscale"]["probability"] == 0.8
     assert doubled[5]["random_resized_crop"]["scale"] == pytest.approx([0.2, 1.0])
+    assert doubled[2]["affine"]["scale"] == pytest.approx([0.8, 1.2])
+    assert doubled[5]["random_resized_crop"]["ratio"] == pytest.approx([0.75**2, (4 / 3) ** 2])
+    fixed = scaled_transforms([{"affine": {"scale": 1.5}}], 0.5)[0]["affine"]["scale"]
+    assert fixed == [1.25, 1.25]
+    far = scaled_transforms([{"affine": {}}], 50.0)[0]["affine"]["scale"]
+    assert check_spec([{"affine": {"scale": far}}]) == []
     same = scaled_transforms([{"pad_crop": {"padding": 4}}], 1.0)
     assert same == [{"pad_crop": {"padding": 4}}]
     assert scaled_transforms(given, 0.0)[0]["pad_crop"]["padding"] == 0
@@ -159,6 +168,18 @@ def test_a_number_of_threads_that_no_machine_has_is_refused(path):
         check_space(values, parse_space([f"{path}=int:1..999999999999"]))
     (text,) = caught.value.problems
     assert f"`{path}` is 999999999999: Input should be less than or equal to 4096" in text
+
+
+@pytest.mark.parametrize("name", sorted(set(TRANSFORM_PARAMETERS) - {"flip"}))
+def test_strength_zero_leaves_pictures_alone(name):
+    generator = torch.Generator().manual_seed(0)
+    images_NCHW = torch.randint(256, (6, 3, 9, 9), generator=generator, dtype=torch.uint8)
+    pool = torch.arange(len(images_NCHW))
+    views = Views(scaled_transforms([{name: {}}], 0.0), seed=1, partner_pool=pool)
+    partners_N = views.partners(pool, 0)
+    partners_NCHW = None if partners_N is None else images_NCHW[partners_N]
+    found_NCHW, _ = views.apply(images_NCHW, pool, 0, partners_NCHW)
+    assert torch.equal(found_NCHW, images_NCHW)
 
 
 def test_a_plan_says_everything_that_is_wrong_with_it():

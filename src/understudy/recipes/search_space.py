@@ -160,8 +160,9 @@ def scaled_transforms(
     """Return transforms that go ``strength`` times as far; 1 leaves them as they are, 0: nowhere.
 
     What spreads around a neutral value spreads so much wider, padding is so many times wider, the
-    smallest crop so much smaller. A transform without such a parameter is applied so many times
-    as often, at most always; a flip has no strength.
+    smallest crop so much smaller, and its sides differ so much more (in the logarithm). A transform
+    without such a parameter is applied so many times as often, at most always; a flip has no
+    strength.
     """
     return [
         {name: scaled_transform(name, dict(arguments or {}), strength)}
@@ -182,8 +183,10 @@ def scaled_transform(name: str, given: dict[str, Any], strength: float) -> dict[
             scaled[key] = spread(full[key], parameter, strength)
         elif key == "padding":
             scaled[key] = round(full[key] * strength)
-        elif name == "random_resized_crop" and key == "scale":
+        elif key == "scale":  # of a crop's area, or of an affine map: 1 is neutral, 0 impossible
             scaled[key] = [max(0.05, 1 - (1 - end) * strength) for end in pair(full[key])]
+        elif key == "ratio":
+            scaled[key] = [end**strength for end in pair(full[key])]
     if not scaled and "probability" in table:
         scaled["probability"] = min(1.0, full["probability"] * strength)
     return given | scaled
