@@ -48,7 +48,7 @@ def reading_of_accuracy(networks: Mapping[str, Any]) -> tuple[str, ...]:
         spread = max(found[n] for n in students) - min(found[n] for n in students)
         told.append(
             f"The best distilled student is {best} (paper: TS 6); the students differ by "
-            f"{percent(spread)}, where the paper's differ by 6.65 %."
+            f"{fixed(100 * spread, 2)} points, where the paper's differ by 6.65."
         )
     epochs = int(next(iter(networks.values()))["curve"][-1][0])
     if epochs < EPOCHS:
