@@ -61,8 +61,9 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         infer, images_NCHW, batch_size=size, min_seconds=request["min_seconds"]
     )
     peak_bytes = peak_memory_bytes()
+    batch_NCHW = batch_of(images_NCHW, 0, size)
     energy = measure_energy_here(
-        lambda: infer(batch_of(images_NCHW, 0, size)), device=request["device"], images_a_run=size
+        lambda: infer(batch_NCHW), device=request["device"], images_a_run=size
     )
     return {
         "seconds": seconds,

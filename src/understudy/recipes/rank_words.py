@@ -191,8 +191,8 @@ def caveats(ranking: Ranking, recipe: Recipe) -> Iterator[str]:
         f"All accuracies are of the {count(ranking.num_validation)} validation pictures; the test "
         "split was not read. "
         + (
-            "Energy was not measured: no counters that can be read here."
-            if any(row.energy_mj is None for row in ranking.candidates)
+            "Energy was not measured."
+            if all(row.energy_mj is None for row in ranking.candidates)
             else "Energy is what the machine's counters rose above idle while labelling."
         )
     )
