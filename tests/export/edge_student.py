@@ -1,13 +1,15 @@
 """Small students for the export targets: one trained on scikit-learn's digits, and odd ones."""
 
 import functools
+import importlib.util
 
+import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from understudy.export.target import ExportSource
+from understudy.export.target import ExportSource, find_target, open_artifact, run_artifact
 from understudy.models.build import NormalizedModel
 from understudy.models.mlp import MLP
 from understudy.models.paper import PaperStudent
@@ -18,6 +20,16 @@ DIGITS_SHAPE = (1, 8, 8)
 SMALL_SHAPE = (3, 16, 16)
 NUM_TRAIN = 1200
 CLASS_NAMES = tuple("0123456789")
+# Target to the package that its tests need.
+PACKAGES = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "executorch": "executorch",
+    "tflite": "litert_torch",
+    "ncnn": "pnnx",
+    "c": "emx_onnx_cgen",
+    "tflm": "tflite_micro",
+}
 
 
 @functools.cache
@@ -128,3 +140,11 @@ def model_logits(source, images_NCHW):
 
 def relative_difference(given_NK, wanted_NK):
     return ((given_NK - wanted_NK).abs().max() / wanted_NK.abs().max()).item()
+
+
+def runtime_logits(name, source, images_NCHW, folder, *, precision):
+    """Return the logits of the exported file in its runtime; skip where that is not installed."""
+    if importlib.util.find_spec(PACKAGES[name]) is None:
+        pytest.skip(f"the extra '{name}' is not installed")
+    artifact = find_target(name).export(source, folder, precision=precision)
+    return run_artifact(open_artifact(artifact), images_NCHW)

@@ -4,26 +4,23 @@ Each pass of a block has another batch norm, which exporters fold into the convo
 the passes must not share what is folded. The whole network runs on the picture and its mirror.
 """
 
-import importlib.util
-
 import pytest
 import torch
-from edge_student import CLASS_NAMES, SMALL_SHAPE, model_logits, relative_difference, small_images
+from edge_student import (
+    CLASS_NAMES,
+    PACKAGES,
+    SMALL_SHAPE,
+    model_logits,
+    relative_difference,
+    runtime_logits,
+    small_images,
+)
 
-from understudy.export.target import ExportSource, find_target, open_artifact, run_artifact
+from understudy.export.target import ExportSource
 from understudy.models.build import NormalizedModel
 from understudy.models.inverted import InvertedResidualNet
 
 pytestmark = pytest.mark.slow
-PACKAGES = {
-    "onnx": "onnxruntime",
-    "openvino": "openvino",
-    "executorch": "executorch",
-    "tflite": "litert_torch",
-    "ncnn": "pnnx",
-    "c": "emx_onnx_cgen",
-    "tflm": "tflite_micro",
-}
 
 
 @pytest.fixture(scope="module", params=["relu", "hardswish"])
@@ -52,9 +49,6 @@ def source(request):
 def test_passes_and_mirror_images_are_what_the_model_computes(
     name, precision, tolerance, source, tmp_path
 ):
-    if importlib.util.find_spec(PACKAGES[name]) is None:
-        pytest.skip(f"the extra '{name}' is not installed")
-    artifact = find_target(name).export(source, tmp_path, precision=precision)
     images_NCHW = small_images(20)
-    found_NK = run_artifact(open_artifact(artifact), images_NCHW)
+    found_NK = runtime_logits(name, source, images_NCHW, tmp_path, precision=precision)
     assert relative_difference(found_NK, model_logits(source, images_NCHW)) < tolerance
