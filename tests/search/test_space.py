@@ -122,6 +122,17 @@ def test_the_default_space_is_of_what_the_recipe_has():
     assert space.parameters["training.optimizer.learning_rate"] == Range(0.002, 0.05, log=True)
 
 
+def test_the_default_space_of_muon_has_both_learning_rates():
+    values = yaml.safe_load(TINY_RECIPE)
+    values["training"]["optimizer"] = {"name": "muon", "matrix_learning_rate": 0.05}
+
+    space = default_space(parse_recipe(values))
+
+    rate = space.parameters["training.optimizer.matrix_learning_rate"]
+    assert rate == Range(0.01, 0.25, log=True)
+    assert "training.optimizer.learning_rate" in space.parameters
+
+
 def test_strength_scales_how_far_transforms_go():
     given = [
         {"pad_crop": {"padding": 4}},

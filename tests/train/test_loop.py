@@ -139,17 +139,22 @@ OPTIONS = {
     "checkpoint_every_steps": 3,
     "checkpoint_every_epochs": 2,
     "label_smoothing": 0.1,
-    "optimizer": {"name": "adamw", "learning_rate": 0.02},
 }
 
 
-@pytest.mark.parametrize("num_updates", [1, 4, 8, 9, 13, 23])
-def test_a_killed_training_continues_bit_for_bit(make_plan, make_network, fabric, num_updates):
+@pytest.mark.parametrize(
+    ("num_updates", "optimizer"),
+    [*((number, "adamw") for number in (1, 4, 8, 9, 13, 23)), (13, "sgd"), (13, "muon")],
+)
+def test_a_killed_training_continues_bit_for_bit(
+    make_plan, make_network, fabric, num_updates, optimizer
+):
+    options = {**OPTIONS, "optimizer": {"name": optimizer, "learning_rate": 0.02}}
     unbroken = train(
-        make_network(0.3), make_plan("unbroken", **OPTIONS), fabric=fabric, progress=silent
+        make_network(0.3), make_plan("unbroken", **options), fabric=fabric, progress=silent
     )
     torch.manual_seed(99)
-    plan = make_plan("broken", **OPTIONS)
+    plan = make_plan("broken", **options)
     network = make_network(0.3)
     with pytest.raises(Killed):
         train(network, plan, fabric=fabric, progress=kill_after(num_updates))

@@ -25,11 +25,17 @@ EMBEDDING = "embedding"
 def default_space(recipe: Recipe) -> Space:
     """Return what is worth varying in this recipe where the user names nothing.
 
-    Learning rate within a factor of five, the weight between teacher and labels, the temperature,
-    and the strength of the augmentation, as far as the recipe has them.
+    Learning rate (Muon: that of matrices too) within a factor of five, the weight between teacher
+    and labels, the temperature, and the strength of the augmentation, as far as the recipe has
+    them.
     """
-    rate = recipe.training.optimizer.learning_rate
-    given = {"training.optimizer.learning_rate": f"log:{rate / 5:g}..{rate * 5:g}"}
+    optimizer = recipe.training.optimizer
+    names = ["learning_rate", *(["matrix_learning_rate"] if optimizer.name == "muon" else [])]
+    rates = {name: getattr(optimizer, name) for name in names}
+    given = {
+        f"training.optimizer.{name}": f"log:{rate / 5:g}..{rate * 5:g}"
+        for name, rate in rates.items()
+    }
     distillation = recipe.distillation
     if recipe.strategy.stored or recipe.teacher is not None:
         if isinstance(distillation.kl_weight, float | int) and distillation.kl_weight > 0:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from understudy.train.muon import Muon, matrices
 from understudy.train.settings import Optimizer
 
 EMA_WARMUP = 10
@@ -16,13 +18,26 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def build_optimizer(modules: Sequence[nn.Module], settings: Optimizer) -> torch.optim.Optimizer:
-    """Return SGD with Nesterov momentum, or AdamW, for the trainable parameters of the modules.
+    """Return the optimiser of the trainable parameters of the modules, the network first.
 
     Weight decay is left off one-dimensional parameters (biases, norm scales), as is usual since
-    Goyal et al. 2017, section 5.1.
+    Goyal et al. 2017, section 5.1. Muon moves the matrices of the network; whatever is trained
+    beside it moves by SGD.
     """
     trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = []
+    if settings.name == "muon":
+        groups.append(
+            {
+                "params": matrices(modules[0]),
+                "weight_decay": settings.matrix_weight_decay,
+                "rate_factor": settings.matrix_learning_rate / settings.learning_rate,
+                "orthogonal": True,
+            }
+        )
+        orthogonal = {id(p) for p in groups[0]["params"]}
+        trainable = [p for p in trainable if id(p) not in orthogonal]
+    groups += [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
@@ -31,6 +46,8 @@ def build_optimizer(modules: Sequence[nn.Module], settings: Optimizer) -> torch.
         return torch.optim.AdamW(
             groups, lr=settings.learning_rate, betas=settings.betas, fused=True
         )
+    if settings.name == "muon":
+        return Muon(groups, lr=settings.learning_rate, momentum=settings.momentum)
     return torch.optim.SGD(
         groups,
         lr=settings.learning_rate,

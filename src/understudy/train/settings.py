@@ -50,11 +50,15 @@ Temperature = Annotated[
 
 
 class Optimizer(Section):
-    """The optimiser. SGD is with Nesterov momentum; AdamW is Loshchilov and Hutter 2019."""
+    """The optimiser. SGD is with Nesterov momentum; AdamW is Loshchilov and Hutter 2019.
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    Muon (Jordan et al. 2024) makes the updates of weight matrices orthogonal; norms, biases,
+    depthwise kernels and the classifier move by SGD with the same momentum.
+    """
+
+    name: Literal["sgd", "adamw", "muon"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1, description="SGD: momentum.")] = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1, description="SGD, Muon: momentum.")] = 0.9
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
         Field(description="AdamW: decay of the two moments."),
@@ -62,6 +66,12 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0, description="Not applied to biases and norms.")] = (
         5e-4
     )
+    matrix_learning_rate: Annotated[
+        float, Field(gt=0, description="Muon: peak learning rate of the weight matrices.")
+    ] = 0.05
+    matrix_weight_decay: Annotated[
+        float, Field(ge=0, description="Muon: decoupled weight decay of the weight matrices.")
+    ] = 0.05
 
 
 class LearningRate(Section):
