@@ -18,14 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from understudy.export.onnx_file import file_entries, portable_copy
 from understudy.export.target import ExportSource, require_package
 from understudy.export.tracing import (
-    calibration_batches,
     cannot_export,
     check_float_layers,
     layer_of,
@@ -34,15 +32,13 @@ from understudy.export.tracing import (
 )
 
 METADATA_NAME = "understudy"
-MAX_CALIBRATION_IMAGES = 500
-_MIN_RANGE = 2.0**-10
 # What the converter calls the only input and signature of a model.
-_INPUT_NAME = "args_0"
-_SIGNATURE_NAME = "serving_default"
+INPUT_NAME = "args_0"
+SIGNATURE_NAME = "serving_default"
 _NO_OPERATOR = re.compile(r"Lowering not found: ([\w.]+)")
 # Classes of ``_named_after_layers``, as they stand in the converter's locations.
 _LAYER = re.compile(r"layer\.([^$/;]*)\$")
-_WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
+WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
 # The one entry of the converter's metadata that runtimes read.
 _KEPT_METADATA = b"min_runtime_version"
 
@@ -73,8 +69,11 @@ class ChannelsLast(nn.Module):
         return logits_NK
 
 
-def convert(source: ExportSource, *, target: str) -> bytes:
+def convert(source: ExportSource, *, target: str, split_hard_swish: bool = False) -> bytes:
     """Return the float32 file of one image.
+
+    Args:
+        split_hard_swish: as products and sums. LiteRT's fast kernels have no hard swish in int8.
 
     Raises:
         MissingExtraError: litert-torch is not installed.
@@ -82,6 +81,8 @@ def convert(source: ExportSource, *, target: str) -> bytes:
     """
     model = portable_copy(source.model)
     check_float_layers(model, source.float_layers)
+    if split_hard_swish:
+        _split_hard_swish(model)
     channels, height, width = source.image_shape
     named = ChannelsLast(_named_after_layers(model)).eval()
     with quiet():
@@ -102,72 +103,9 @@ def convert(source: ExportSource, *, target: str) -> bytes:
         return _with_short_names(content, weighted=_weighted_layers(model))
 
 
-def quantize(content: bytes, source: ExportSource, *, target: str, float_ends: bool) -> bytes:
-    """Return the int8 file of a float32 one: weights by channel, activations by tensor.
-
-    Args:
-        content: as ``convert`` returns it.
-        float_ends: keep float32 images and logits, with a conversion inside the file.
-
-    Raises:
-        MissingExtraError: ai-edge-quantizer is not installed.
-        InputError: there are no calibration images.
-    """
-    calibration_NCHW = source.calibration(target)
-    with quiet():
-        quantizing, calibrating, recipes, ranges = (
-            require_package(f"ai_edge_quantizer.{name}", target=target, package="ai-edge-quantizer")
-            for name in ("quantizer", "calibrator", "recipe_manager", "utils.qsv_utils")
-        )
-        quantizer = quantizing.Quantizer(content)
-        not_quantized = quantizing.AlgorithmName.NO_QUANTIZE
-        names = quantizing.qtyping.TFLOperationName
-        quantizer.add_static_config(
-            ".*", names.ALL_SUPPORTED, activation_num_bits=8, weight_num_bits=8
-        )
-        if float_ends:
-            for end in (names.INPUT, names.OUTPUT):
-                quantizer.update_quantization_recipe(".*", end, algorithm_key=not_quantized)
-        for layer in source.float_layers:
-            quantizer.update_quantization_recipe(
-                rf"(^|;){re.escape(layer)}[.:;]", names.ALL_SUPPORTED, algorithm_key=not_quantized
-            )
-        images = (
-            {_INPUT_NAME: images_NCHW.permute(0, 2, 3, 1).contiguous().numpy()}
-            for images_NCHW in calibration_batches(
-                calibration_NCHW, max_images=MAX_CALIBRATION_IMAGES, size=1
-            )
-        )
-        # Not ``quantizer.calibrate``: it averages the images' ranges, which clips large logits.
-        calibrator = calibrating.Calibrator(
-            content,
-            num_threads=1,
-            mode=calibrating.CalibrationMode.CALIBRATION_PROFILER_BASED,
-            qsv_update_func=ranges.min_max_update,
-        )
-        calibrator.calibrate({_SIGNATURE_NAME: list(images)}, recipes.RecipeManager())
-        return bytes(quantizer.quantize(_widened(calibrator.get_model_qsvs())).quantized_model)
-
-
-def _widened(ranges: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors' ranges, those of (nearly) nothing as wide as ``_MIN_RANGE``.
-
-    Behind channels that are 0 for every calibration image the scale would be so small that the next
-    bias, in units of input scale times weight scale, leaves int32: LiteRT cannot load such a file,
-    and TensorFlow Lite Micro computes nonsense from it.
-    """
-    widened = {}
-    for name, found in ranges.items():
-        changed = dict(found)
-        if {"min", "max"} <= changed.keys():
-            changed["max"] = np.maximum(changed["max"], changed["min"] + _MIN_RANGE)
-        widened[name] = changed
-    return widened
-
-
 def finish(content: bytes, entries: Mapping[str, str] | None = None) -> bytes:
     """Return the file without what only the converters use, and with the metadata given."""
-    tools = _flatbuffer_tools()
+    tools = flatbuffer_tools()
     file = tools.read_model_from_bytearray(content)
     for graph in file.subgraphs:
         used = {index for node in graph.operators for index in node.outputs}
@@ -192,13 +130,13 @@ def metadata_entries(source: ExportSource) -> dict[str, str]:
     entries = file_entries(source.image_shape, source.class_names)
     images = json.loads(entries["input"])
     channels, height, width = source.image_shape
-    images |= {"name": _INPUT_NAME, "layout": "NHWC", "image_shape": [height, width, channels]}
+    images |= {"name": INPUT_NAME, "layout": "NHWC", "image_shape": [height, width, channels]}
     return {**entries, "input": json.dumps(images), **source.metadata}
 
 
 def read_metadata(content: bytes) -> dict[str, str]:
     """Return the entries of ``finish``, empty for a file without them."""
-    file = _flatbuffer_tools().read_model_from_bytearray(content)
+    file = flatbuffer_tools().read_model_from_bytearray(content)
     for entry in file.metadata or []:
         if entry.name == METADATA_NAME.encode():
             entries: dict[str, str] = json.loads(bytes(file.buffers[entry.buffer].data))
@@ -208,11 +146,11 @@ def read_metadata(content: bytes) -> dict[str, str]:
 
 def operators(content: bytes) -> list[Operator]:
     """Return the operators of the main graph in the order of execution."""
-    tools = _flatbuffer_tools()
+    tools = flatbuffer_tools()
     file = tools.read_model_from_bytearray(content)
     found = []
     for node in file.subgraphs[0].operators:
-        name, output = _operator_name(tools, file, node), file.subgraphs[0].tensors[node.outputs[0]]
+        name, output = operator_name(tools, file, node), file.subgraphs[0].tensors[node.outputs[0]]
         is_float = output.type == tools.TensorType.FLOAT32 and name != "DEQUANTIZE"
         found.append(Operator(name, output.name.decode().partition(":")[0], is_float))
     return found
@@ -228,6 +166,20 @@ def operator_facts(content: bytes) -> dict[str, Any]:
         "operators": dict(names.most_common()),
         "float_operators": dict(in_float.most_common()),
     }
+
+
+class _HardSwish(nn.Module):
+    """Hard swish as the converter does not know it; it would make one operator of it again."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features * (1 / 6)) * nn.functional.relu6(features + 3)
+
+
+def _split_hard_swish(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Hardswish):
+                setattr(module, name, _HardSwish())
 
 
 def _named_after_layers(model: nn.Module) -> nn.Module:
@@ -258,7 +210,7 @@ def _with_short_names(content: bytes, *, weighted: set[str]) -> bytes:
 
     The ways take more bytes than the weights of a small network.
     """
-    tools = _flatbuffer_tools()
+    tools = flatbuffer_tools()
     file = tools.read_model_from_bytearray(content)
     for graph in file.subgraphs:
         layers = {
@@ -266,7 +218,7 @@ def _with_short_names(content: bytes, *, weighted: set[str]) -> bytes:
         }
         for node in graph.operators:
             # The output of the last operator is called after the signature; its weights are not.
-            if _operator_name(tools, file, node) in _WEIGHTED:
+            if operator_name(tools, file, node) in WEIGHTED:
                 layers[node.outputs[0]] = layers[node.inputs[1]]
         for index, tensor in enumerate(graph.tensors):
             if index in graph.outputs:
@@ -282,7 +234,7 @@ def _layer_in(location: bytes, weighted: set[str]) -> str:
     return next((name for name in layers if name in weighted), layers[0] if layers else "")
 
 
-def _operator_name(tools: Any, file: Any, node: Any) -> str:
+def operator_name(tools: Any, file: Any, node: Any) -> str:
     code = file.operatorCodes[node.opcodeIndex]
     if code.customCode:
         return str(code.customCode.decode())
@@ -291,7 +243,7 @@ def _operator_name(tools: Any, file: Any, node: Any) -> str:
     return str(names.get(number, number))
 
 
-def _flatbuffer_tools() -> Any:
+def flatbuffer_tools() -> Any:
     return require_package(
         "ai_edge_litert.tools.flatbuffer_utils", target="tflite", package="ai-edge-litert"
     )

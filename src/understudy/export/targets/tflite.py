@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from understudy.artifacts import write_bytes
-from understudy.export import tflite_file
+from understudy.export import tflite_file, tflite_int8
 from understudy.export.target import Artifact, ExportSource, Precision
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
@@ -22,9 +22,10 @@ def export(source: ExportSource, folder: Path, *, precision: Precision) -> Artif
     """
     if precision == "int8":
         source.calibration("tflite")
-    content = tflite_file.convert(source, target="tflite")
-    if precision == "int8":
-        content = tflite_file.quantize(content, source, target="tflite", float_ends=True)
+    in_int8 = precision == "int8"
+    content = tflite_file.convert(source, target="tflite", split_hard_swish=in_int8)
+    if in_int8:
+        content = tflite_int8.quantize(content, source, target="tflite", float_ends=True)
     content = tflite_file.finish(content, tflite_file.metadata_entries(source))
     write_bytes(folder / FILE_NAME, content)
     facts = tflite_file.operator_facts(content)

@@ -10,7 +10,7 @@ import numpy as np
 
 from understudy.artifacts import write_bytes
 from understudy.errors import ModelError
-from understudy.export import tflite_file
+from understudy.export import tflite_file, tflite_int8
 from understudy.export.target import Artifact, ExportSource, Precision, require_package
 from understudy.export.tracing import cannot_export, quiet
 
@@ -48,7 +48,7 @@ def export(source: ExportSource, folder: Path, *, precision: Precision) -> Artif
         )
     content = tflite_file.convert(source, target="tflm")
     if precision == "int8":
-        content = tflite_file.quantize(content, source, target="tflm", float_ends=False)
+        content = tflite_int8.quantize(content, source, target="tflm", float_ends=False)
     content = tflite_file.finish(content)
     facts = {**_try_out(micro, content), **tflite_file.operator_facts(content)}
     write_bytes(folder / FILE_NAME, content)

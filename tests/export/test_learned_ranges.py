@@ -1,0 +1,121 @@
+"""LiteRT and TFLM files keep the ranges that quantisation-aware training learned."""
+
+import dataclasses
+
+import pytest
+import torch
+from edge_student import (
+    CLASS_NAMES,
+    SMALL_SHAPE,
+    relative_difference,
+    runtime_logits,
+    separable_source,
+    small_images,
+)
+
+from understudy.export.learned_ranges import learned_ranges
+from understudy.export.target import ExportSource, find_target
+from understudy.models.build import NormalizedModel
+from understudy.models.inverted import InvertedResidualNet
+
+pytest.importorskip("litert_torch", reason="the extra 'tflite' is not installed")
+pytest.importorskip("torchao", reason="the extra 'compress' is not installed")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def source():
+    """A network whose learned ranges are half as wide as what the pictures give."""
+    from understudy.compress.quantize import convert_qat, float_weights, prepare_qat
+
+    torch.manual_seed(0)
+    network = InvertedResidualNet(
+        num_classes=10,
+        stem=(8, 1),
+        blocks=((8, 1, 1, 3, 2), (16, 2, 1, 3)),
+        activation="hardswish",
+    )
+    model = NormalizedModel(network, mean=(0.4,) * 3, std=(0.2,) * 3, flip_average=True).train()
+    for _ in range(3):
+        model(small_images(64))
+    prepared = prepare_qat(model.eval(), example_NCHW=small_images(64))
+    for name, value in prepared.graph.named_buffers():
+        if name.endswith(("minimum", "maximum")):
+            value.mul_(0.5)
+    return ExportSource(
+        float_weights(prepared, model),
+        SMALL_SHAPE,
+        CLASS_NAMES,
+        calibration_NCHW=small_images(64),
+        quantized=convert_qat(prepared),
+    )
+
+
+def test_a_row_for_each_run_of_a_layer(source):
+    rows = learned_ranges(source.quantized)
+    again = [f"network.blocks.0.layers.{number}" for number in (0, 3)] * 2
+    last = [f"network.blocks.1.layers.{number}" for number in (0, 3)]
+    assert [row.layer for row in rows] == ["network.stem.0", *again, *last, "network.linear"]
+    assert all(row.inputs[0] <= 0 < row.inputs[1] for row in rows)
+    assert rows[0].outputs[0] < 0 < rows[0].outputs[1]
+    assert rows[-1].outputs is None, "logits stay as they are"
+
+
+@pytest.mark.parametrize("name", ["tflite", "tflm"])
+def test_the_file_answers_as_the_trained_network_does(name, source, tmp_path):
+    images_NCHW = small_images(20)
+    wanted_NK = source.quantized(images_NCHW.float() / 255)
+    differences = []
+    for given in (source, dataclasses.replace(source, quantized=None)):
+        found_NK = runtime_logits(name, given, images_NCHW, tmp_path, precision="int8")
+        differences.append(relative_difference(found_NK, wanted_NK))
+    assert differences[0] < 0.15
+    assert differences[1] > 2 * differences[0]
+
+
+def activation_scales(path):
+    """Return (operator, scale read, scale given) of the file's operators in their order."""
+    from understudy.export.tflite_file import flatbuffer_tools, operator_name
+
+    tools = flatbuffer_tools()
+    file = tools.read_model_from_bytearray(path.read_bytes())
+    graph = file.subgraphs[0]
+
+    def scale(place):
+        found = graph.tensors[place].quantization
+        return None if found is None or found.scale is None else float(found.scale[0])
+
+    return [
+        (operator_name(tools, file, node), scale(node.inputs[0]), scale(node.outputs[0]))
+        for node in graph.operators
+    ]
+
+
+@pytest.mark.parametrize("name", ["tflite", "tflm"])
+def test_scales_are_the_learned_ones_and_a_constant_factor_rounds_nothing(name, source, tmp_path):
+    pytest.importorskip("tflite_micro", reason="the extra 'tflm' is not installed")
+    artifact = find_target(name).export(source, tmp_path, precision="int8")
+    operators = activation_scales(artifact.path)
+    layers = [row for row in operators if row[0] in ("CONV_2D", "DEPTHWISE_CONV_2D")]
+    learned = learned_ranges(source.quantized)[:-1]
+    for (_, read, given), row in zip(layers, learned, strict=True):
+        assert read == pytest.approx((row.inputs[1] - row.inputs[0]) / 255, rel=1e-3)
+        assert given == pytest.approx((row.outputs[1] - row.outputs[0]) / 255, rel=1e-3)
+
+    counts = artifact.facts["operators"]
+    if name == "tflm":
+        assert counts["HARD_SWISH"] == 4
+        return
+    assert "HARD_SWISH" not in counts, "LiteRT's fast kernels have none in int8"
+    sixths = [r for r in operators if r[0] == "MUL" and r[2] == pytest.approx(r[1] / 6, rel=1e-3)]
+    assert len(sixths) == 4
+
+
+def test_ranges_of_another_network_are_not_taken(source, tmp_path):
+    other = separable_source()
+    files = []
+    for quantized in (None, source.quantized):
+        given = dataclasses.replace(other, quantized=quantized)
+        artifact = find_target("tflite").export(given, tmp_path, precision="int8")
+        files.append(artifact.path.read_bytes())
+    assert files[0] == files[1]
