@@ -34,6 +34,7 @@ _SHARED_TYPES = ("float", "int8_t", "uint8_t")
 _ELEMENTWISE = frozenset(
     {"Relu", "LeakyRelu", "Clip", "Elu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Add"}
     | {"Sub", "Mul", "Div", "Identity", "Neg", "QLinearAdd", "QLinearSigmoid", "QLinearLeakyRelu"}
+    | {"BitwiseNot"}
 )
 
 _FUNCTION = re.compile(

@@ -6,7 +6,7 @@ import functools
 import re
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ import onnxruntime
 
 from understudy.errors import ModelError, problem
 from understudy.export.c_memory import parse_array, plan_memory, read_entry, write_entry
+from understudy.export.c_mirror import one_pass
 from understudy.export.c_rewrites import rewrite
+from understudy.export.c_tables import Tables, insert_tables, with_tables
 from understudy.export.target import require_package
 
 FUNCTION_NAME = "student_network_run"
@@ -46,8 +48,11 @@ class CNetwork:
     Attributes:
         arena_bytes: static RAM of the intermediate results.
         weight_bytes: constant data.
-        operators: ONNX operators that the code computes, each once, sorted.
+        operators: ONNX operators that the code computes, each once, sorted; "Table" stands for what
+            is looked up.
         joined: operators are joined as ONNX Runtime does it; else int8 is computed in float32.
+        averages_mirror: the network's logits are the mean of what the code gives for a picture and
+            for its mirror image.
     """
 
     code: str
@@ -56,6 +61,7 @@ class CNetwork:
     num_nodes: int
     operators: tuple[str, ...]
     joined: bool
+    averages_mirror: bool = False
 
 
 def generate_network(path: Path) -> CNetwork:
@@ -63,8 +69,9 @@ def generate_network(path: Path) -> CNetwork:
 
     ONNX Runtime first joins operators as it would to run the file: a quantised layer between its
     quantise and dequantise nodes becomes one of integer arithmetic, an activation a part of its
-    convolution. So the C code computes what ONNX Runtime computes, on a quarter of the memory for
-    int8. Where the code generator lacks a joined operator, the file is taken as it is.
+    convolution, one between int8 values a table. So the C code computes what ONNX Runtime computes,
+    on a quarter of the memory for int8. Where the code generator lacks a joined operator, the file
+    is taken as it is. Of a network that averages over mirror images it is one pass.
 
     Raises:
         MissingExtraError: emx-onnx-cgen is not installed.
@@ -72,15 +79,20 @@ def generate_network(path: Path) -> CNetwork:
     """
     generator = require_package("emx_onnx_cgen.compiler", target="c", package="emx-onnx-cgen")
     failures = require_package("emx_onnx_cgen.errors", target="c", package="emx-onnx-cgen")
-    plain = prepare(onnx.load(path))
+    whole = prepare(onnx.load(path))
+    single = one_pass(whole)
+    plain = whole if single is None else single
     try:
-        model = join_operators(plain)
-        return _with_static_memory(_compiler(generator).compile(model), model, joined=True)
+        model, tables = with_tables(join_operators(plain))
+        code = _compiler(generator).compile(model)
+        network = _with_static_memory(code, model, tables, joined=True)
     except failures.CompilerError:
         try:
-            return _with_static_memory(_compiler(generator).compile(plain), plain, joined=False)
+            code = _compiler(generator).compile(plain)
+            network = _with_static_memory(code, plain, {}, joined=False)
         except failures.CompilerError as error:
             raise _untranslated(plain, str(error)) from error
+    return replace(network, averages_mirror=single is not None)
 
 
 @functools.cache
@@ -176,7 +188,9 @@ def _open(model: onnx.ModelProto, options: Any) -> Any:
     )
 
 
-def _with_static_memory(code: str, model: onnx.ModelProto, *, joined: bool) -> CNetwork:
+def _with_static_memory(
+    code: str, model: onnx.ModelProto, tables: Tables, *, joined: bool
+) -> CNetwork:
     found = _ENTRY.search(code)
     if found is None:
         raise ModelError(
@@ -188,12 +202,13 @@ def _with_static_memory(code: str, model: onnx.ModelProto, *, joined: bool) -> C
         )
     entry = read_entry(code, found["parameters"], found["body"])
     plan = plan_memory(entry)
-    weights = [parse_array(weight["ctype"], weight["dims"]) for weight in _WEIGHT.finditer(code)]
     header = '#include "student_network.h"\n\n#include <stdint.h>'
     code = code[: found.start()] + write_entry(entry, plan, FUNCTION_NAME) + code[found.end() :]
     code = _LOADER.sub("", code)
-    operators = tuple(sorted({node.op_type for node in model.graph.node}))
-    code = rewrite(code, operators=operators)
+    names = {"Table" if node.name in tables else node.op_type for node in model.graph.node}
+    operators = tuple(sorted(names))
+    code = insert_tables(rewrite(code, operators=operators), tables)
+    weights = [parse_array(weight["ctype"], weight["dims"]) for weight in _WEIGHT.finditer(code)]
     # Global names of a generated file could meet those of the program it is linked into.
     code = re.sub(r"^extern const ", "static const ", code, flags=re.M)
     code = re.sub(r"^const EMX_UNUSED ", "static const EMX_UNUSED ", code, flags=re.M)

@@ -71,6 +71,7 @@ def write_project(
         "width": width,
         "num_pixels": channels * height * width,
         "num_classes": len(class_names),
+        "averages_mirror": int(network.averages_mirror),
         "precision": c_string(precision),
         "recipe": c_string(metadata.get("recipe_hash", "")),
         "arena_bytes": network.arena_bytes,

@@ -29,6 +29,32 @@ static int is_aligned(const void *address) {
     return (uintptr_t)address % _Alignof(float) == 0;
 }
 
+#if STUDENT_AVERAGES_MIRROR
+static void run_mirrored(const float *pixels_chw, float *logits) {
+    static float mirrored[STUDENT_NUM_PIXELS];
+
+    for (size_t row = 0; row < STUDENT_NUM_PIXELS; row += STUDENT_WIDTH) {
+        for (size_t column = 0; column < STUDENT_WIDTH; ++column) {
+            mirrored[row + column] = pixels_chw[row + STUDENT_WIDTH - 1 - column];
+        }
+    }
+    student_network_run(mirrored, logits);
+}
+#endif
+
+/* The network's logits, finite or not. */
+static void run(const float *pixels_chw, float *logits) {
+    student_network_run(pixels_chw, logits);
+#if STUDENT_AVERAGES_MIRROR
+    static float others[STUDENT_NUM_CLASSES];
+
+    run_mirrored(pixels_chw, others);
+    for (size_t i = 0; i < STUDENT_NUM_CLASSES; ++i) {
+        logits[i] = (logits[i] + others[i]) / 2;
+    }
+#endif
+}
+
 int understudy_classify(const float *pixels_chw, size_t num_pixels, float *logits,
                         size_t num_logits) {
     static float results[STUDENT_NUM_CLASSES];
@@ -50,7 +76,7 @@ int understudy_classify(const float *pixels_chw, size_t num_pixels, float *logit
             return UNDERSTUDY_BAD_PIXEL;
         }
     }
-    student_network_run(pixels_chw, results);
+    run(pixels_chw, results);
     for (size_t i = 0; i < num_logits; ++i) {
         if (!is_finite(results[i])) {
             return UNDERSTUDY_BAD_LOGIT;
