@@ -70,6 +70,28 @@ def test_a_file_of_one_way_is_left_alone(tmp_path):
     assert one_pass(prepare(onnx.load(onnx_path(tmp_path, "float32", flip_average=False)))) is None
 
 
+class MirroredFeatures(nn.Module):
+    """Averages over mirror images of a layer's features, not of the picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.last = nn.Linear(4 * 8 * 8, 10)
+
+    def forward(self, images_NCHW):
+        features_NCHW = self.first(images_NCHW)
+        columns_W = torch.arange(7, -1, -1)
+        both_MCHW = torch.cat([features_NCHW, features_NCHW.index_select(3, columns_W)])
+        return self.last(both_MCHW.flatten(1)).view(2, -1, 10).mean(dim=0)
+
+
+def test_features_that_are_mirrored_are_not_the_picture(tmp_path):
+    given = ExportSource(MirroredFeatures().eval(), SMALL_SHAPE, CLASS_NAMES)
+    artifact = find_target("onnx").export(given, tmp_path, precision="float32")
+    assert {"Concat", "Gather"} <= {node.op_type for node in onnx.load(artifact.path).graph.node}
+    assert one_pass(prepare(onnx.load(artifact.path))) is None
+
+
 def test_two_passes_take_hardly_more_memory_than_one(tmp_path):
     both = generate_network(onnx_path(tmp_path / "both", "float32", flip_average=True))
     single = generate_network(onnx_path(tmp_path / "single", "float32", flip_average=False))

@@ -10,6 +10,8 @@ import onnx
 from onnx import NodeProto, TensorProto, numpy_helper
 
 _COLUMNS = 3  # axis of NCHW
+# What comes before the mirroring: the normalisation, the order and mixture of the colours.
+_BY_PIXEL = ("Mul", "Add", "Sub", "Div", "Cast", "Gather", "ReduceSum")
 
 
 def one_pass(model: onnx.ModelProto) -> onnx.ModelProto | None:
@@ -19,64 +21,76 @@ def one_pass(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    graph = changed.graph
-    producers = {name: node for node in graph.node for name in node.output}
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-
-    def values(name: str) -> list[int]:
-        found = constants.get(name)
-        return [] if found is None else numpy_helper.to_array(found).reshape(-1).tolist()
-
-    def mirrors(node: NodeProto) -> bool:
-        if node.op_type != "Concat" or len(node.input) != 2 or _axis(node) != 0:
-            return False
-        gather = producers.get(node.input[1])
-        if gather is None or gather.op_type != "Gather" or _axis(gather) != _COLUMNS:
-            return False
-        columns = values(gather.input[1])
-        backwards = columns == list(range(len(columns)))[::-1]
-        return backwards and gather.input[0] == node.input[0]
-
-    def averages(node: NodeProto) -> bool:
-        if node.op_type != "ReduceMean" or values(node.input[1]) != [0]:
-            return False
-        view = producers.get(node.input[0])
-        return view is not None and view.op_type == "Reshape" and values(view.input[1])[:1] == [2]
-
-    pairs = [node for node in graph.node if mirrors(node)]
-    means = [node for node in graph.node if averages(node)]
+    search = _Search(changed.graph)
+    pairs = [node for node in changed.graph.node if search.mirrors(node)]
+    means = [node for node in changed.graph.node if search.averages(node)]
     if len(pairs) != 1 or len(means) != 1:
         return None
-    both_logits = producers[means[0].input[0]].input[0]
-    _replace(graph, {pairs[0].output[0]: pairs[0].input[0], means[0].output[0]: both_logits})
+    _pass_on(pairs[0], pairs[0].input[0])
+    _pass_on(means[0], search.producers[means[0].input[0]].input[0])
+    _drop_unread(changed.graph)
     return changed
+
+
+class _Search:
+    """Finds the two places where a graph becomes one of both ways and of one way again."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.producers = {name: node for node in graph.node for name in node.output}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+
+    def mirrors(self, node: NodeProto) -> bool:
+        """Whether a node joins the picture, normalised at most, and its mirror image."""
+        if node.op_type != "Concat" or len(node.input) != 2 or _axis(node) != 0:
+            return False
+        gather = self.producers.get(node.input[1])
+        if gather is None or gather.op_type != "Gather" or _axis(gather) != _COLUMNS:
+            return False
+        columns = self._values(gather.input[1])
+        backwards = columns == list(range(len(columns)))[::-1]
+        return backwards and gather.input[0] == node.input[0] and self._is_by_pixel(node.input[0])
+
+    def averages(self, node: NodeProto) -> bool:
+        """Whether a node is the mean over the first axis, of two, of a reshaped tensor."""
+        if node.op_type != "ReduceMean" or self._values(node.input[1]) != [0]:
+            return False
+        view = self.producers.get(node.input[0])
+        if view is None or view.op_type != "Reshape":
+            return False
+        return self._values(view.input[1])[:1] == [2]
+
+    def _is_by_pixel(self, name: str) -> bool:
+        node = self.producers.get(name)
+        if node is None:
+            return True
+        if node.op_type not in _BY_PIXEL or (node.op_type == "Gather" and _axis(node) != 1):
+            return False
+        return all(self._is_by_pixel(given) for given in node.input)
+
+    def _values(self, name: str) -> list[int]:
+        found = self.constants.get(name)
+        return [] if found is None else numpy_helper.to_array(found).reshape(-1).tolist()
 
 
 def _axis(node: NodeProto) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
 
 
-def _replace(graph: onnx.GraphProto, names: dict[str, str]) -> None:
-    """Let what reads a name read another; drop the nodes that nothing reads any more."""
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-    # The graph's output keeps its name.
-    output = graph.output[0].name
-    if output in names:
-        for node in graph.node:
-            node.input[:] = [output if name == names[output] else name for name in node.input]
-            if output in node.output:
-                node.output[0] = f"{output}_of_both"
-            elif names[output] in node.output:
-                node.output[:] = [output if n == names[output] else n for n in node.output]
-    wanted, kept = {output}, []
+def _pass_on(node: NodeProto, name: str) -> None:
+    """Let a node give what it gets as this input."""
+    del node.attribute[:]
+    node.op_type = "Identity"
+    node.input[:] = [name]
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    read, kept = {value.name for value in graph.output}, []
     for node in reversed(graph.node):
-        if wanted & set(node.output):
-            wanted |= set(node.input)
+        if read & set(node.output):
+            read |= set(node.input)
             kept.append(NodeProto.FromString(node.SerializeToString()))
-    del graph.node[:]
+    tensors = [tensor for tensor in graph.initializer if tensor.name in read]
+    kept_tensors = [TensorProto.FromString(tensor.SerializeToString()) for tensor in tensors]
+    del graph.node[:], graph.initializer[:]
     graph.node.extend(reversed(kept))
-    constants = [tensor for tensor in graph.initializer if tensor.name in wanted]
-    kept_constants = [TensorProto.FromString(tensor.SerializeToString()) for tensor in constants]
-    del graph.initializer[:]
-    graph.initializer.extend(kept_constants)
+    graph.initializer.extend(kept_tensors)
