@@ -203,9 +203,13 @@ def test_every_flavour_of_quantisation_is_computed_bit_for_bit(
         per_channel=per_channel,
     )
     images_NCHW = make_images(10)
-    running = open_artifact(project(tmp_path, path, "int8"))
+    artifact = project(tmp_path, path, "int8")
+    running = open_artifact(artifact)
     logits_NK = running(images_NCHW.numpy().astype(np.float32) / np.float32(255))
     np.testing.assert_array_equal(logits_NK, onnx_logits(path, images_NCHW))
+    code = (artifact.folder / "student_network.c").read_text()
+    # Zero points that are 0 are not taken off.
+    assert ("- (int32_t)(weight_zero_point[" in code) == (weight == "QUInt8")
 
 
 def test_int8_takes_less_flash_and_memory(float32, qdq_path):

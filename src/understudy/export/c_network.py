@@ -207,7 +207,8 @@ def _with_static_memory(
     code = _LOADER.sub("", code)
     names = {"Table" if node.name in tables else node.op_type for node in model.graph.node}
     operators = tuple(sorted(names))
-    code = insert_tables(rewrite(code, operators=operators), tables)
+    code = rewrite(code, operators=operators, symmetric_weights=_has_symmetric_weights(model))
+    code = insert_tables(code, tables)
     weights = [parse_array(weight["ctype"], weight["dims"]) for weight in _WEIGHT.finditer(code)]
     # Global names of a generated file could meet those of the program it is linked into.
     code = re.sub(r"^extern const ", "static const ", code, flags=re.M)
@@ -221,6 +222,13 @@ def _with_static_memory(
         operators=operators,
         joined=joined,
     )
+
+
+def _has_symmetric_weights(model: onnx.ModelProto) -> bool:
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    names = [n.input[5] for n in model.graph.node if n.op_type == "QLinearConv"]
+    found = [constants.get(name) for name in names]
+    return all(t is not None and not onnx.numpy_helper.to_array(t).any() for t in found)
 
 
 def _untranslated(model: onnx.ModelProto, reason: str) -> ModelError:

@@ -30,13 +30,20 @@ _FAST_NEAREST = """static inline float ref_scalar_f32_nearbyint(float a) {
 }"""
 
 
-def rewrite(code: str, *, operators: Collection[str]) -> str:
-    """Return the code with cheaper rounding and clamping of quantised values.
+_ZERO_POINT_OF_WEIGHT = re.compile(r" - \(int32_t\)\(weight_zero_point\[\w+\]\)")
+
+
+def rewrite(code: str, *, operators: Collection[str], symmetric_weights: bool) -> str:
+    """Return the code with cheaper rounding, clamping and products of quantised values.
 
     Args:
         operators: the network's. Where ``Round`` is among them, rounding is left alone, because
             the cheap way loses the sign of a zero, which no other operator keeps.
+        symmetric_weights: whether all zero points of convolutions' weights are 0. Their subtraction
+            is a quarter of the instructions on a Cortex-M4.
     """
+    if symmetric_weights:
+        code = _ZERO_POINT_OF_WEIGHT.sub("", code)
     code = _DOUBLE_ROUNDING.sub(r"\g<declared>32", code)
     code = _CLAMP.sub(_compare, code)
     if "ref_scalar_f32_nearbyint(" in code and "Round" not in operators:
