@@ -92,6 +92,14 @@ def test_features_that_are_mirrored_are_not_the_picture(tmp_path):
     assert one_pass(prepare(onnx.load(artifact.path))) is None
 
 
+def test_a_mean_of_everything_is_not_that_of_two_passes():
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])
+    mean = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1])
+    node = helper.make_node("ReduceMean", ["x"], ["y"])
+    model = helper.make_model(helper.make_graph([node], "g", [value], [mean]))
+    assert one_pass(model) is None
+
+
 def test_two_passes_take_hardly_more_memory_than_one(tmp_path):
     both = generate_network(onnx_path(tmp_path / "both", "float32", flip_average=True))
     single = generate_network(onnx_path(tmp_path / "single", "float32", flip_average=False))

@@ -52,7 +52,10 @@ class _Search:
 
     def averages(self, node: NodeProto) -> bool:
         """Whether a node is the mean over the first axis, of two, of a reshaped tensor."""
-        if node.op_type != "ReduceMean" or self._values(node.input[1]) != [0]:
+        # Without a second input it is the mean of everything.
+        if node.op_type != "ReduceMean" or len(node.input) < 2:
+            return False
+        if self._values(node.input[1]) != [0]:
             return False
         view = self.producers.get(node.input[0])
         if view is None or view.op_type != "Reshape":
