@@ -32,7 +32,7 @@ from understudy.teachers.stored import StoredTeacher
 from understudy.train.devices import make_fabric, use_threads
 from understudy.train.distill_settings import DistillSettings
 from understudy.train.distillation import DistillObjective
-from understudy.train.feed import Feed
+from understudy.train.feed import Feed, ViewPlan
 from understudy.train.loop import train
 from understudy.train.objective import LabelObjective
 from understudy.train.plan import TrainPlan
@@ -80,7 +80,7 @@ def main() -> None:
             for kind, kind_teacher in kinds.items():
                 run = Path(folder) / f"{kind}{number}"
                 rows[kind].append(timed_epoch(options, source, views, indices_N, kind_teacher, run))
-        feed = Feed(source, views, indices_N, options.batch_size, NUM_VIEWS, 0, teacher)
+        feed = Feed(source, views, indices_N, options.batch_size, ViewPlan(NUM_VIEWS), 0, teacher)
         pipeline = timed_pipeline(feed, options.epochs)
     report(options, rows, pipeline, threads)
 
@@ -99,7 +99,7 @@ def timed_epoch(
     model = NormalizedModel(network, mean=[0.5] * 3, std=[0.25] * 3)
     settings = TrainSettings(num_epochs=2, batch_size=options.batch_size)
     objective = LabelObjective() if teacher is None else DistillObjective(DistillSettings())
-    feed = Feed(source, views, indices_N, options.batch_size, NUM_VIEWS, 0, teacher)
+    feed = Feed(source, views, indices_N, options.batch_size, ViewPlan(NUM_VIEWS), 0, teacher)
     plan = TrainPlan(feed, objective, settings, lambda network: {"accuracy": 0.0}, folder)
     fabric = make_fabric()
     fabric.launch()

@@ -31,7 +31,7 @@ from understudy.errors import CheckpointError, InputError, MissingExtraError, Mo
 from understudy.evaluate.accuracy import eval_mode
 from understudy.models.build import NormalizedModel, build_network
 from understudy.train.devices import make_fabric
-from understudy.train.feed import Feed
+from understudy.train.feed import Feed, ViewPlan
 from understudy.train.loop import train
 from understudy.train.objective import LabelObjective
 from understudy.train.plan import TrainPlan
@@ -380,7 +380,7 @@ def make_plan(digits, folder, **settings):
         return {"accuracy": (answers == digits.labels_N[indices_N]).double().mean().item()}
 
     values = {"num_epochs": 2, "batch_size": 32, "optimizer": {"learning_rate": 0.02}, **settings}
-    feed = Feed(digits, None, torch.arange(256), 32, 1, 1)
+    feed = Feed(digits, None, torch.arange(256), 32, ViewPlan(1), 1)
     folder.mkdir(exist_ok=True)
     return TrainPlan(feed, LabelObjective(), TrainSettings.model_validate(values), validate, folder)
 

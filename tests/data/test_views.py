@@ -165,6 +165,24 @@ def test_a_sample_is_mixed_at_most_once():
     assert (weights[~blended & ~pasted] > 0.998).all()
 
 
+@pytest.mark.parametrize("name", VIEW_MIXINGS)
+def test_later_views_are_left_unmixed(name, images):
+    everyone = torch.arange(NUM_SAMPLES)
+    flip = {"flip": {"probability": 0.5}}
+    mixing = Views(
+        [flip, {name: {"alpha": 1.0, "probability": 1, "until_view": 2}}], seed=3, partner_pool=POOL
+    )
+    plain = Views([flip], seed=3, partner_pool=POOL)
+    for view in (0, 1):
+        assert not torch.equal(
+            view_of(mixing, images, everyone, view)[0], view_of(plain, images, everyone, view)[0]
+        )
+    for view in (2, 9):
+        shown, weights = view_of(mixing, images, everyone, view)
+        assert torch.equal(shown, view_of(plain, images, everyone, view)[0])
+        assert (weights == 1).all()
+
+
 def test_the_fingerprint_changes_with_all_that_pixels_depend_on():
     def fingerprint(spec, seed=0, pool=POOL):
         return Views(spec, seed=seed, partner_pool=pool).fingerprint
@@ -173,14 +191,16 @@ def test_the_fingerprint_changes_with_all_that_pixels_depend_on():
     assert fingerprint(flip) == fingerprint([{"flip": {"probability": 0.5}}])
     assert fingerprint(flip) == fingerprint(flip, pool=POOL[:3])
     mix = [{"mixup": {}}]
+    assert fingerprint(mix) == fingerprint([{"mixup": {"until_view": None}}])
     prints = {
         fingerprint(flip),
         fingerprint(flip, seed=1),
         fingerprint([]),
         fingerprint(mix),
         fingerprint(mix, pool=POOL[:3]),
+        fingerprint([{"mixup": {"until_view": 1}}]),
     }
-    assert len(prints) == 5
+    assert len(prints) == 6
 
 
 def test_pixels_of_this_version_are_pinned():
@@ -215,6 +235,8 @@ def test_wrong_input_is_refused_with_all_problems():
     ) as error:
         Views([{"flop": {}}, {"cutout": {"size": 2}}], seed=0, partner_pool=POOL)
     assert len(error.value.problems) == 2
+    with pytest.raises(RecipeError, match=r"until_view is 0.*at least 1.*instance null"):
+        Views([{"cutmix": {"until_view": 0}}], seed=0, partner_pool=POOL)
     with pytest.raises(DataError, match="no samples to draw partners from"):
         Views([{"mixup": {}}], seed=0, partner_pool=POOL[:0])
     views = Views([{"mixup": {}}], seed=0, partner_pool=POOL)

@@ -68,6 +68,30 @@ def test_a_schedule_is_told_from_a_number():
         ),
         ({"data": {"test_fraction": 1.5}}, "less than 1"),
         ({"training": {"clip_norm": float("nan")}}, "finite"),
+        (
+            {"training": {"num_epochs": 3, "last_views": {"num_epochs": 4, "num_views": 1}}},
+            "must not be more than num_epochs",
+        ),
+        (
+            {"training": {"last_views": {"num_epochs": 1, "num_views": 10}}},
+            "training.last_views keeps 10 of 10 views",
+        ),
+        (
+            {
+                "views": {"num_views": 2},
+                "finetuning": {"num_epochs": 1, "last_views": {"num_epochs": 1, "num_views": 3}},
+            },
+            "finetuning.last_views are 3 of 2 views",
+        ),
+        (
+            {
+                "teacher": {
+                    "model": {"name": "mlp"},
+                    "training": {"last_views": {"num_epochs": 1, "num_views": 1}},
+                }
+            },
+            "a teacher's epochs each have a view of their own",
+        ),
     ],
 )
 def test_impossible_values(changes, message):

@@ -6,7 +6,7 @@ from torch import nn
 
 from understudy.data.sources import load_data
 from understudy.train.devices import make_fabric
-from understudy.train.feed import Feed
+from understudy.train.feed import Feed, ViewPlan
 from understudy.train.objective import LabelObjective
 from understudy.train.plan import TrainPlan
 from understudy.train.settings import TrainSettings
@@ -65,7 +65,7 @@ def make_plan(digits, tmp_path):
             "optimizer": {"learning_rate": 0.5, "weight_decay": 0.0},
             **settings,
         }
-        feed = Feed(digits, None, indices_N, values["batch_size"], 1, seed, teacher)
+        feed = Feed(digits, None, indices_N, values["batch_size"], ViewPlan(1), seed, teacher)
         (tmp_path / folder).mkdir(exist_ok=True)
         return TrainPlan(
             feed,

@@ -41,7 +41,8 @@ class Parameter:
 
     A "range" is [low, high], drawn uniformly. One number fixes it; but where ``spread_around`` is
     given, one number s means from spread_around - s to spread_around + s, as is usual for jitter.
-    ``above`` is an exclusive lower bound, ``at_least`` and ``at_most`` are inclusive.
+    ``above`` is an exclusive lower bound, ``at_least`` and ``at_most`` are inclusive. An
+    ``optional`` one may be null, which is its default.
     """
 
     kind: Kind
@@ -52,6 +53,7 @@ class Parameter:
     at_most: float = math.inf
     choices: tuple[str, ...] = ()
     spread_around: float | None = None
+    optional: bool = False
 
 
 def _spread(
@@ -69,6 +71,11 @@ def _spread(
 
 def _probability(default: float) -> Parameter:
     return Parameter("number", default, "share of samples changed", at_least=0, at_most=1)
+
+
+_UNTIL_VIEW = Parameter(
+    "whole_number", None, "first view it leaves as it is; null: none", at_least=1, optional=True
+)
 
 
 TRANSFORM_PARAMETERS: dict[str, dict[str, Parameter]] = {
@@ -132,10 +139,12 @@ TRANSFORM_PARAMETERS: dict[str, dict[str, Parameter]] = {
     "mixup": {
         "alpha": Parameter("number", 0.2, "Beta(alpha, alpha) weights", above=0),
         "probability": _probability(1.0),
+        "until_view": _UNTIL_VIEW,
     },
     "cutmix": {
         "alpha": Parameter("number", 1.0, "Beta(alpha, alpha) areas", above=0),
         "probability": _probability(0.5),
+        "until_view": _UNTIL_VIEW,
     },
 }
 
@@ -172,24 +181,24 @@ def check_spec(
 def normalized_spec(spec: Sequence[Mapping[str, Any]]) -> list[dict[str, dict[str, Any]]]:
     """Return the checked spec with every default filled in and every value in its one plain form.
 
-    Two specs that mean the same normalise to the same JSON.
+    Two specs that mean the same normalise to the same JSON; an optional parameter that is null is
+    left out.
     """
     result = []
     for entry in spec:
         [(name, arguments)] = entry.items()
         values = arguments or {}
-        result.append(
-            {
-                name: {
-                    key: _normalized_value(parameter, values.get(key, parameter.default))
-                    for key, parameter in TRANSFORM_PARAMETERS[name].items()
-                }
-            }
-        )
+        parameters = {
+            key: _normalized_value(parameter, values.get(key, parameter.default))
+            for key, parameter in TRANSFORM_PARAMETERS[name].items()
+        }
+        result.append({name: {k: value for k, value in parameters.items() if value is not None}})
     return result
 
 
 def _normalized_value(parameter: Parameter, value: Any) -> Any:
+    if value is None:
+        return None
     if parameter.kind == "number":
         return float(value)
     if parameter.kind == "range":
@@ -227,8 +236,11 @@ def _check_arguments(place: str, name: str, arguments: Any) -> list[str]:
 
 
 def _check_value(place: str, parameter: Parameter, value: Any) -> list[str]:
+    if value is None and parameter.optional:
+        return []
     expected = _expected(parameter)
-    mend = f"Write for instance {parameter.default!r} ({parameter.meaning})."
+    example = "null" if parameter.default is None else repr(parameter.default)
+    mend = f"Write for instance {example} ({parameter.meaning})."
     wrong = [problem(f"{place} is {value!r}", expected=expected, mend=mend)]
     if parameter.kind == "choice":
         return [] if value in parameter.choices else wrong

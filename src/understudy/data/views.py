@@ -76,6 +76,8 @@ NUM_DRAWS = {
     "cutmix": 3,
 }
 WORDS_PER_BLOCK = 4
+# Which samples and views a transform changes, as against how it changes them.
+COMMON_PARAMETERS = ("probability", "until_view")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class _Step:
     parameters: dict[str, Any]
     key: tuple[int, int]
     num_blocks: int
+    until_view: int | None
 
 
 @dataclass(frozen=True)
@@ -241,9 +244,10 @@ def _step(position: int, entry: Mapping[str, Mapping[str, Any]], seed: int) -> _
     return _Step(
         name=name,
         probability=parameters["probability"],
-        parameters={key: value for key, value in parameters.items() if key != "probability"},
+        parameters={k: value for k, value in parameters.items() if k not in COMMON_PARAMETERS},
         key=stream_key(seed, "views", position, name),
         num_blocks=-(-(1 + NUM_DRAWS[name]) // WORDS_PER_BLOCK),
+        until_view=parameters.get("until_view"),
     )
 
 
@@ -267,7 +271,8 @@ def _draw(
     for step in chain.steps:
         stop = start + WORDS_PER_BLOCK * step.num_blocks
         own = Draws(uniforms_NK[:, start + 1 : stop], step.key, indices_N, view)
-        drawn.append((step, uniforms_NK[:, start] < step.probability, own))
+        in_view = step.until_view is None or view < step.until_view
+        drawn.append((step, (uniforms_NK[:, start] < step.probability) & in_view, own))
         start = stop
     return drawn
 

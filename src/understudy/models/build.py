@@ -20,6 +20,7 @@ from understudy.models.mlp import MLP
 from understudy.models.paper import PaperStudent, PaperTeacher
 from understudy.models.resnet import ResNet
 from understudy.models.separable import SeparableNet
+from understudy.models.strided_pointwise import guard_strided_pointwise
 
 __all__ = ["NormalizedModel", "build_network", "check_model", "check_network", "one_way"]
 
@@ -80,6 +81,7 @@ def build_network(
         else:
             network = _build_user(name, num_classes, image_shape, dict(arguments))
     check_network(network, name=name, num_classes=num_classes, image_shape=image_shape)
+    guard_strided_pointwise(network)
     return network
 
 

@@ -273,6 +273,7 @@ def training_run(run: Run, values: dict[str, Any], candidate: Candidate, rung: R
             "num_epochs": rung.num_epochs,
             "ema_decay": None,
             "keep": "last",
+            "last_views": None,
             "learning_rate_schedule": schedule
             | {"warmup_epochs": min(schedule["warmup_epochs"] * share, rung.num_epochs / 4)},
         },

@@ -24,7 +24,7 @@ from understudy.recipes.train import (
     untimed,
     validation_metrics,
 )
-from understudy.train.feed import Feed
+from understudy.train.feed import Feed, ViewPlan
 from understudy.train.objective import LabelObjective
 from understudy.train.plan import TrainPlan
 
@@ -96,7 +96,7 @@ def finetuning(run: Run, role: str, folder: Path) -> tuple[nn.Module, TrainPlan]
         views=run.views,
         indices_N=run.labelled_train_N,
         batch_size=settings.batch_size,
-        num_views=run.recipe.views.num_views,
+        view_plan=ViewPlan.of(settings, run.recipe.views.num_views),
         seed=run.seed_for("order", PHASE),
     )
     objective = LabelObjective(settings.label_smoothing)

@@ -8,12 +8,13 @@ from torch import nn
 
 from understudy.compress.settings import PruneStep, QuantizeStep
 from understudy.errors import InputError, problem
+from understudy.models.strided_pointwise import has_narrow_strides
 from understudy.recipes.label import teacher_source
 from understudy.recipes.run import Run
 from understudy.recipes.teaching import student_objective
 from understudy.recipes.train import validation_metrics
 from understudy.train.distill_settings import DistillSettings
-from understudy.train.feed import Feed
+from understudy.train.feed import Feed, ViewPlan
 from understudy.train.loss_table import LOSSES
 from understudy.train.objective import LabelObjective, Objective
 from understudy.train.plan import TrainPlan
@@ -73,7 +74,7 @@ def further_plan(
         views=run.views,
         indices_N=run.splits.train if guided else run.labelled_train_N,
         batch_size=settings.batch_size,
-        num_views=run.recipe.views.num_views,
+        view_plan=ViewPlan.of(settings, run.recipe.views.num_views),
         seed=run.seed_for("order", phase),
         teacher=teacher_source(run) if guided else None,
     )
@@ -83,4 +84,6 @@ def further_plan(
         if isinstance(step, QuantizeStep):
             teaching = logits_alone(teaching)
         objective = student_objective(run, model, teaching)
+    if isinstance(step, QuantizeStep) and has_narrow_strides(model):
+        settings = settings.model_copy(update={"channels_last": False})
     return TrainPlan(feed, objective, settings, validation_metrics(run), folder)

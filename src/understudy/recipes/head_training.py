@@ -21,7 +21,7 @@ from understudy.runtime import derive_seed
 from understudy.teachers.outputs import TeacherOutputs
 from understudy.train.devices import make_fabric
 from understudy.train.distillation import DistillObjective
-from understudy.train.feed import Feed
+from understudy.train.feed import Feed, ViewPlan
 from understudy.train.loop import train
 from understudy.train.objective import LabelObjective, Objective
 from understudy.train.plan import TrainPlan
@@ -140,7 +140,7 @@ def fit(
         views=None,
         indices_N=torch.arange(num_rows),
         batch_size=settings.batch_size,
-        num_views=rows.num_views,
+        view_plan=ViewPlan(rows.num_views),
         seed=derive_seed(seed, "order", *lineage),
         teacher=None if guidance is None else guidance.teacher,
         curriculum=ViewOrder(rows.num_views, num_rows),

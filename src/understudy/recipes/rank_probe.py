@@ -124,6 +124,7 @@ def probe_training(training: TrainSettings, probe: ProbeSection) -> TrainSetting
         "validate_every_epochs": probe.num_epochs,
         "keep": "last",
         "ema_decay": None,
+        "last_views": None,
     }
     return training.model_copy(update=changes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import typing
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
@@ -152,9 +153,33 @@ class Recipe(Section):
                 "student.flip_average averages the logits of one classifier at the end: set it to "
                 "false, or drop heads and exits"
             )
+        problems += self._last_views_problems()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _last_views_problems(self) -> Iterator[str]:
+        """Views kept for the end are some of the recipe's, and leave some for the epochs before."""
+        trainings: dict[str, TrainSettings | None] = {
+            "training": self.training,
+            "finetuning": self.finetuning,
+        }
+        for number, step in enumerate(self.compression.steps):
+            trainings[f"compression.steps.{number}.training"] = step.training
+        for where, training in trainings.items():
+            if training is None or training.last_views is None:
+                continue
+            last = training.last_views
+            if training.num_epochs > last.num_epochs and last.num_views >= self.views.num_views:
+                yield (
+                    f"{where}.last_views keeps {last.num_views} of {self.views.num_views} views "
+                    "for the end, which leaves none for the epochs before"
+                )
+            elif last.num_views > self.views.num_views:
+                yield (
+                    f"{where}.last_views are {last.num_views} of {self.views.num_views} views: "
+                    "raise views.num_views"
+                )
 
     def section(self, *names: str) -> dict[str, Any]:
         """Return sections as JSON-able values, to key a stage by what it depends on."""

@@ -168,6 +168,8 @@ class TeacherSection(Section):
             raise ValueError("an .onnx teacher holds its weights: drop checkpoint and training")
         if self.checkpoint is not None and self.training is not None:
             raise ValueError("give either checkpoint or training, not both")
+        if self.training is not None and self.training.last_views is not None:
+            raise ValueError("a teacher's epochs each have a view of their own: drop last_views")
         return self
 
     @property

@@ -34,7 +34,7 @@ from understudy.recipes.run import Run
 from understudy.recipes.teaching import student_curriculum, student_objective
 from understudy.runtime import derive_seed
 from understudy.train.devices import make_fabric, use_threads
-from understudy.train.feed import Feed, SampleOrder
+from understudy.train.feed import Feed, SampleOrder, ViewPlan
 from understudy.train.loop import train
 from understudy.train.objective import LabelObjective, Objective
 from understudy.train.plan import TrainPlan, TrainResult, unwatched
@@ -173,7 +173,7 @@ def role_training(run: Run, role: str, folder: Path) -> tuple[nn.Module, TrainPl
         views=run.views,
         indices_N=run.labelled_train_N if role in run.teachers else run.splits.train,
         batch_size=settings.batch_size,
-        num_views=num_views,
+        view_plan=ViewPlan.of(settings, num_views),
         seed=order_seed(run, role),
         teacher=teacher_source(run) if is_student and run.teaches_first else None,
         curriculum=sample_order(run, role),

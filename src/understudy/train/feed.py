@@ -20,6 +20,7 @@ from understudy.data.sources import ImageSource
 from understudy.data.views import Views
 from understudy.errors import DataError, problem
 from understudy.teachers.outputs import TeacherOutputs
+from understudy.train.settings import TrainSettings
 
 
 class TeacherSource(Protocol):
@@ -55,8 +56,36 @@ class SampleOrder(Protocol):
 
 
 @dataclass(frozen=True)
+class ViewPlan:
+    """Which view each epoch shows: view ``e mod num_views`` in epoch ``e``.
+
+    With ``num_last`` the last so many views wait for epoch ``first_last_epoch``: from it on they
+    alone come in turn, before it the others.
+    """
+
+    num_views: int
+    num_last: int = 0
+    first_last_epoch: int = 0
+
+    @classmethod
+    def of(cls, settings: TrainSettings, num_views: int) -> ViewPlan:
+        """Return the plan of a training with these settings."""
+        last = settings.last_views
+        if last is None:
+            return cls(num_views)
+        return cls(num_views, last.num_views, settings.num_epochs - last.num_epochs)
+
+    def view(self, epoch: int) -> int:
+        """Return the view of an epoch."""
+        num_first = self.num_views - self.num_last
+        if self.num_last and epoch >= self.first_last_epoch:
+            return num_first + (epoch - self.first_last_epoch) % self.num_last
+        return epoch % num_first
+
+
+@dataclass(frozen=True)
 class Feed:
-    """Batches of every epoch. Epoch ``e`` shows view ``e mod num_views`` in an order of its own.
+    """Batches of every epoch, each epoch in an order of its own.
 
     Nothing here has state: an epoch continued from batch ``b`` is the epoch from the start without
     its first ``b`` batches, which is what makes a resumed run equal to an unbroken one.
@@ -66,7 +95,7 @@ class Feed:
         views: how they are shown; None shows them as they are.
         indices_N: the samples to train on, int64.
         batch_size: samples a batch over all processes; an incomplete last batch is left out.
-        num_views: number of different views; later epochs show them again.
+        view_plan: which view each epoch shows.
         seed: of the order.
         teacher: where the teacher's outputs come from; None trains without (the control).
         curriculum: which samples an epoch shows; None shows all of them in a random order.
@@ -76,7 +105,7 @@ class Feed:
     views: Views | None
     indices_N: Tensor
     batch_size: int
-    num_views: int
+    view_plan: ViewPlan
     seed: int
     teacher: TeacherSource | None = None
     curriculum: SampleOrder | None = None
@@ -103,7 +132,7 @@ class Feed:
 
         With several processes each gets its even share of the same global batches.
         """
-        view = epoch % self.num_views
+        view = self.view_plan.view(epoch)
         if self.curriculum is None:
             order_N = epoch_order(self.indices_N, seed=self.seed, epoch=epoch)
         else:

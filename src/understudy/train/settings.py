@@ -84,6 +84,13 @@ class LearningRate(Section):
     ] = 0.0
 
 
+class LastViews(Section):
+    """Views kept for the end: the epochs before show only the others."""
+
+    num_epochs: Annotated[int, Field(gt=0, description="Last epochs that show them.")]
+    num_views: Annotated[int, Field(gt=0, description="How many, counted from the last.")]
+
+
 class TrainSettings(Section):
     """Everything the loop needs to know besides network, data and losses."""
 
@@ -104,6 +111,13 @@ class TrainSettings(Section):
         Field(gt=0, lt=1, description="Exponential moving average of the weights; null: none."),
     ] = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    last_views: Annotated[
+        LastViews | None,
+        Field(
+            description="Views for the last epochs alone, for instance unmixed ones; null: every "
+            "view comes again and again."
+        ),
+    ] = None
     precision: Annotated[
         Literal["float32", "bfloat16"], Field(description="bfloat16: autocast.")
     ] = "float32"
@@ -134,4 +148,6 @@ class TrainSettings(Section):
             )
         if self.learning_rate_schedule.warmup_epochs >= self.num_epochs:
             raise ValueError("warmup_epochs must be less than num_epochs")
+        if self.last_views is not None and self.last_views.num_epochs > self.num_epochs:
+            raise ValueError("last_views.num_epochs must not be more than num_epochs")
         return self
