@@ -193,7 +193,7 @@ def test_folding_keeps_the_function_and_removes_norms(teacher, images_NCHW, expe
 
 
 needs_kernels = pytest.mark.skipif(
-    kernels() is None, reason="no native kernels: they need AVX-512 and a C compiler"
+    kernels() is None, reason="no native kernels: they need a C compiler"
 )
 
 

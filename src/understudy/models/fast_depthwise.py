@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from understudy.models.native import address, convolution_kernels, suits_kernels
+from understudy.models.native import address, channel_kernels, suits_kernels
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -56,7 +56,7 @@ def _suits_kernels(convolution: nn.Module, features: Tensor) -> bool:
         and convolution.padding == (kernel // 2, kernel // 2)
         and convolution.dilation == (1, 1)
         and convolution.padding_mode == "zeros"
-        and convolution_kernels() is not None
+        and channel_kernels() is not None
     )
 
 
@@ -70,7 +70,7 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        library = convolution_kernels()
+        library = channel_kernels()
         assert library is not None
         features, weight = ctx.saved_tensors
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
@@ -84,26 +84,30 @@ class _Depthwise(torch.autograd.Function):
             features_gradient = torch.empty_like(features)
             rows = _rows(weight)
             pointers = address(gradient), address(rows), address(features_gradient)
-            library.depthwise_back(*pointers, *sizes)
+            _made(library.depthwise_back(*pointers, *sizes))
         if ctx.needs_input_grad[1]:
             rows = features.new_empty(kernel * kernel, features.shape[1])
             pointers = address(features), address(gradient), address(rows)
-            if library.depthwise_weights(*pointers, *sizes):
-                raise MemoryError("no memory for the gradient's sums")
+            _made(library.depthwise_weights(*pointers, *sizes))
             weight_gradient = rows.t().reshape(weight.shape)
         return features_gradient, weight_gradient, None
 
 
 def _filtered(features: Tensor, rows: Tensor, stride: int) -> Tensor:
-    library = convolution_kernels()
+    library = channel_kernels()
     assert library is not None
     num_images, num_channels, height, width = features.shape
     sides = -(-height // stride), -(-width // stride)
     output = torch.empty((num_images, num_channels, *sides), memory_format=torch.channels_last)
     kernel = int(rows.shape[0] ** 0.5)
     pointers = address(features), address(rows), address(output)
-    library.depthwise(*pointers, *_sizes(features, kernel, stride))
+    _made(library.depthwise(*pointers, *_sizes(features, kernel, stride)))
     return output
+
+
+def _made(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for one picture, or for the gradient's sums")
 
 
 def _rows(weight: Tensor) -> Tensor:

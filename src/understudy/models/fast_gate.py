@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from understudy.models.native import address, convolution_kernels
+from understudy.models.native import address, channel_kernels
 
 
 def gated(
@@ -65,7 +65,7 @@ class _Gated(torch.autograd.Function):
 
 def _sums(features: Tensor, others: Tensor | None) -> Tensor:
     """Return [N, C], the sums over places of the features or of their product with others."""
-    library = convolution_kernels()
+    library = channel_kernels()
     assert library is not None
     sums = features.new_empty(features.shape[:2])
     library.place_sums(address(features), address(others), address(sums), *_sizes(features))
@@ -73,7 +73,7 @@ def _sums(features: Tensor, others: Tensor | None) -> Tensor:
 
 
 def _scaled(features: Tensor, scale_NC: Tensor, offset_NC: Tensor | None) -> Tensor:
-    library = convolution_kernels()
+    library = channel_kernels()
     assert library is not None
     result = torch.empty_like(features)
     scale = scale_NC.reshape(features.shape[:2]).contiguous()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from understudy.models.native import address, convolution_kernels, suits_kernels
+from understudy.models.native import address, channel_kernels, suits_kernels
 
 # Activations of kernels_norm.c.
 _IDENTITY, _RELU, _HARD_SWISH = range(3)
@@ -23,7 +23,7 @@ _ACTIVATIONS: dict[type[nn.Module], int] = {nn.ReLU: _RELU, nn.Hardswish: _HARD_
 def norm_activation(norm: nn.Module, activation: nn.Module | None, features_NCHW: Tensor) -> Tensor:
     """Return ``activation(norm(features_NCHW))``; by one kernel where that is the same.
 
-    That is: in training, on a CPU with AVX-512 and the native kernels, for float32 channels-last
+    That is: in training, on a CPU with AVX2 and the native kernels, for float32 channels-last
     features of at least 16 channels, with plain modules that nothing hooks and no trace of the
     graph. Gradients differ from PyTorch's by rounding only, and not with the number of threads.
 
@@ -71,7 +71,7 @@ def _suits_kernels(features: Tensor, norm: nn.Module, *others: nn.Module) -> boo
         and norm.weight.dtype == torch.float32
         and features.shape[1] == norm.num_features
         and features.numel() > features.shape[1]
-        and convolution_kernels() is not None
+        and channel_kernels() is not None
     )
 
 
@@ -98,7 +98,7 @@ class _Norm(torch.autograd.Function):
         norm: nn.BatchNorm2d,
         activation: int,
     ) -> Tensor:
-        library = convolution_kernels()
+        library = channel_kernels()
         assert library is not None
         num_channels = features.shape[1]
         result = torch.empty_like(features)
@@ -119,7 +119,7 @@ class _Norm(torch.autograd.Function):
     def backward(
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
-        library = convolution_kernels()
+        library = channel_kernels()
         assert library is not None
         features, bias, saved = ctx.saved_tensors
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from understudy.errors import ModelError, problem
 from understudy.models.fast_gate import gated
 from understudy.models.fast_layers import FastSequential, run_layers
-from understudy.models.native import convolution_kernels, suits_kernels
+from understudy.models.native import channel_kernels, suits_kernels
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "hardswish": nn.Hardswish}
 
@@ -34,7 +34,7 @@ class SqueezeExcite(nn.Module):
         self.gate = nn.Hardsigmoid()
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
-        if suits_kernels(features_NCHW, self.pool) and convolution_kernels() is not None:
+        if suits_kernels(features_NCHW, self.pool) and channel_kernels() is not None:
             return gated(features_NCHW, self.gates, list(self.parameters()))
         return features_NCHW * self.gates(self.pool(features_NCHW))
 

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define LANES 16 /* its products and masks are laid out for it */
 #include "kernels.h"
 
 #define TILES 16      /* 4x4 output tiles worked on together: their transforms stay in the cache */

@@ -11,99 +11,113 @@
 #define SHARES 16 /* parts of a batch whose weight gradients are added up apart */
 #define PLACES 32 /* places whose sum is taken apart, for its rounding */
 
-/* Which taps of the kernel lie inside a side for the output at this place. */
-typedef struct { int first, end; } taps;
+#define TILE 4    /* outputs of a row that share each load of a tap */
 
-INLINE taps inside(int output, int stride, int kernel, int side) {
-    int start = output * stride - kernel / 2;
-    taps t = {start < 0 ? -start : 0, start + kernel > side ? side - start : kernel};
-    return t;
+/* A picture's channels of one vector with half a kernel of zeros around them, in the first-level cache
+ * for small pictures: [h + kernel - 1][w + kernel - 1][LANES]. */
+static float *padded(int h, int w, int kernel) {
+    return calloc((long)(h + kernel - 1) * (w + kernel - 1) * LANES, sizeof(float));
+}
+
+INLINE float *place(float *scratch, int row, int column, int w, int kernel) {
+    return scratch + ((long)row * (w + kernel - 1) + column) * LANES;
+}
+
+/* The scratch's inside from the channels at k of a picture x [h][w][c]. */
+INLINE void take(const float *x, float *scratch, int h, int w, long c, int kernel) {
+    for (int row = 0; row < h; row++) {
+        float *to = place(scratch, row + kernel / 2, kernel / 2, w, kernel);
+        for (int column = 0; column < w; column++)
+            store(to + column * LANES, load(x + ((long)row * w + column) * c));
+    }
 }
 
 /* One picture x [h][w][c] to y [ceil(h / stride)][ceil(w / stride)][c]. */
-INLINE void filter(const float *x, const float *weight, float *y, int h, int w, long c, int kernel,
-                   int stride) {
-    int rows = (h + stride - 1) / stride, columns = (w + stride - 1) / stride, half = kernel / 2;
+INLINE void filter(const float *x, const float *weight, float *y, float *scratch, int h, int w,
+                   long c, int kernel, int stride) {
+    int rows = (h + stride - 1) / stride, columns = (w + stride - 1) / stride;
+    long line = (long)(w + kernel - 1) * LANES;
     for (long first = 0; first < c; first += LANES) {
         long k = channel(first, c);
-        floats taps_of[kernel * kernel];
-        for (int t = 0; t < kernel * kernel; t++) taps_of[t] = load(weight + t * c + k);
+        floats taps[kernel * kernel];
+        for (int t = 0; t < kernel * kernel; t++) taps[t] = load(weight + t * c + k);
+        take(x + k, scratch, h, w, c, kernel);
         for (int row = 0; row < rows; row++) {
-            taps down = inside(row, stride, kernel, h);
-            const float *line = x + ((long)(row * stride - half) * w - half) * c + k;
-            int whole = down.end - down.first == kernel;
-            for (int column = 0; column < columns; column++) {
-                taps across = inside(column, stride, kernel, w);
-                const float *from = line + (long)column * stride * c;
-                floats sum = {0};
-                if (whole && across.end - across.first == kernel) {
+            const float *from = scratch + row * stride * line;
+            float *to = y + (long)row * columns * c + k;
+            int column = 0;
+            for (; column + TILE <= columns; column += TILE) {
+                floats sums[TILE] = {{0}};
 #pragma GCC unroll 25
-                    for (int t = 0; t < kernel * kernel; t++)
-                        sum += taps_of[t] * load(from + ((t / kernel) * (long)w + t % kernel) * c);
-                } else {
-                    for (int i = down.first; i < down.end; i++)
-                        for (int j = across.first; j < across.end; j++)
-                            sum += taps_of[i * kernel + j] * load(from + (i * (long)w + j) * c);
+                for (int t = 0; t < kernel * kernel; t++) {
+                    const float *at = from + t / kernel * line + (column * stride + t % kernel) * LANES;
+#pragma GCC unroll 4
+                    for (int q = 0; q < TILE; q++) sums[q] += taps[t] * load(at + q * stride * LANES);
                 }
-                store(y + ((long)row * columns + column) * c + k, sum);
+                for (int q = 0; q < TILE; q++) store(to + (column + q) * c, sums[q]);
+            }
+            for (; column < columns; column++) {
+                floats sum = {0};
+                for (int t = 0; t < kernel * kernel; t++)
+                    sum += taps[t] *
+                           load(from + t / kernel * line + (column * stride + t % kernel) * LANES);
+                store(to + column * c, sum);
             }
         }
     }
 }
 
-/* One picture's gradient dx [h][w][c] of dy, for any stride. */
-static void filter_back(const float *dy, const float *weight, float *dx, int h, int w, long c,
-                        int kernel, int stride) {
-    int rows = (h + stride - 1) / stride, columns = (w + stride - 1) / stride, half = kernel / 2;
+/* One picture's gradient dx [h][w][c] of dy, for any stride: every output's to the inputs it read. */
+INLINE void filter_back(const float *dy, const float *weight, float *dx, float *scratch, int h,
+                        int w, long c, int kernel, int stride) {
+    int rows = (h + stride - 1) / stride, columns = (w + stride - 1) / stride;
+    long line = (long)(w + kernel - 1) * LANES;
     for (long first = 0; first < c; first += LANES) {
         long k = channel(first, c);
-        for (int row = 0; row < h; row++)
-            for (int column = 0; column < w; column++) {
-                floats sum = {0};
-                /* Tap i of output o read input o * stride - half + i. */
-                for (int i = (row + half) % stride; i < kernel; i += stride) {
-                    int from = (row + half - i) / stride;
-                    if (row + half < i || from >= rows) continue;
-                    for (int j = (column + half) % stride; j < kernel; j += stride) {
-                        int at = (column + half - j) / stride;
-                        if (column + half < j || at >= columns) continue;
-                        sum += load(weight + (i * kernel + j) * c + k) *
-                               load(dy + ((long)from * columns + at) * c + k);
-                    }
+        memset(scratch, 0, sizeof(float) * line * (h + kernel - 1));
+        for (int row = 0; row < rows; row++)
+            for (int column = 0; column < columns; column++) {
+                floats g = load(dy + ((long)row * columns + column) * c + k);
+                float *to = scratch + row * stride * line + column * stride * LANES;
+                for (int t = 0; t < kernel * kernel; t++) {
+                    float *at = to + t / kernel * line + t % kernel * LANES;
+                    store(at, load(at) + g * load(weight + t * c + k));
                 }
-                store(dx + ((long)row * w + column) * c + k, sum);
             }
+        for (int row = 0; row < h; row++) {
+            const float *from = place(scratch, row + kernel / 2, kernel / 2, w, kernel);
+            for (int column = 0; column < w; column++)
+                store(dx + ((long)row * w + column) * c + k, load(from + column * LANES));
+        }
     }
 }
 
 /* One picture's part [kernel * kernel][c] of the weight gradient. */
-INLINE void filter_weights(const float *x, const float *dy, float *part, int h, int w, long c,
-                           int kernel, int stride) {
-    int rows = (h + stride - 1) / stride, columns = (w + stride - 1) / stride, half = kernel / 2;
+INLINE void filter_weights(const float *x, const float *dy, float *part, float *scratch, int h,
+                           int w, long c, int kernel, int stride) {
+    int rows = (h + stride - 1) / stride, columns = (w + stride - 1) / stride;
+    long line = (long)(w + kernel - 1) * LANES;
+    /* As many rows of the kernel at a time as have their sums in registers. */
+    int together = kernel * kernel <= (LANES == 16 ? 25 : 12) ? kernel : 1;
     for (long first = 0; first < c; first += LANES) {
         long k = channel(first, c);
-        floats sums[kernel * kernel], edges[kernel * kernel];
-        for (int t = 0; t < kernel * kernel; t++) sums[t] = edges[t] = (floats){0};
-        for (int row = 0; row < rows; row++) {
-            taps down = inside(row, stride, kernel, h);
-            const float *line = x + ((long)(row * stride - half) * w - half) * c + k;
-            int whole = down.end - down.first == kernel;
-            for (int column = 0; column < columns; column++) {
-                taps across = inside(column, stride, kernel, w);
-                const float *from = line + (long)column * stride * c;
-                floats g = load(dy + ((long)row * columns + column) * c + k);
-                if (whole && across.end - across.first == kernel) {
+        take(x + k, scratch, h, w, c, kernel);
+        for (int i = 0; i < kernel; i += together) {
+            int count = together * kernel;
+            floats sums[count];
+            for (int t = 0; t < count; t++) sums[t] = (floats){0};
+            for (int row = 0; row < rows; row++) {
+                const float *from = scratch + (row * stride + i) * line;
+                for (int column = 0; column < columns; column++) {
+                    floats g = load(dy + ((long)row * columns + column) * c + k);
+                    const float *at = from + column * stride * LANES;
 #pragma GCC unroll 25
-                    for (int t = 0; t < kernel * kernel; t++)
-                        sums[t] += g * load(from + ((t / kernel) * (long)w + t % kernel) * c);
-                } else {
-                    for (int i = down.first; i < down.end; i++)
-                        for (int j = across.first; j < across.end; j++)
-                            edges[i * kernel + j] += g * load(from + (i * (long)w + j) * c);
+                    for (int t = 0; t < count; t++)
+                        sums[t] += g * load(at + t / kernel * line + t % kernel * LANES);
                 }
             }
+            for (int t = 0; t < count; t++) store(part + (i * kernel + t) * c + k, sums[t]);
         }
-        for (int t = 0; t < kernel * kernel; t++) store(part + t * c + k, sums[t] + edges[t]);
     }
 }
 
@@ -115,25 +129,48 @@ INLINE void filter_weights(const float *x, const float *dy, float *part, int h, 
     else if (kernel == 5 && stride == 2) call(5, 2);       \
     else call(kernel, stride)
 
-/* x [n][h][w][c] to y [n][ceil(h / stride)][ceil(w / stride)][c]. */
-void depthwise(const float *x, const float *weight, float *y, long n, int h, int w, long c,
-               int kernel, int stride, int num_threads) {
+/* x [n][h][w][c] to y [n][ceil(h / stride)][ceil(w / stride)][c]. 0 on success. */
+int depthwise(const float *x, const float *weight, float *y, long n, int h, int w, long c,
+              int kernel, int stride, int num_threads) {
     long step = (long)((h + stride - 1) / stride) * ((w + stride - 1) / stride) * c;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (long i = 0; i < n; i++) {
-#define CALL(size, by) filter(x + i * h * w * c, weight, y + i * step, h, w, c, size, by)
-        SPECIALISED(CALL);
+    int failed = 0;
+#pragma omp parallel num_threads(num_threads) reduction(| : failed)
+    {
+        float *scratch = padded(h, w, kernel);
+        failed |= !scratch;
+#pragma omp for schedule(static)
+        for (long i = 0; i < n; i++) {
+            if (!scratch) continue;
+#define CALL(size, by) filter(x + i * h * w * c, weight, y + i * step, scratch, h, w, c, size, by)
+            SPECIALISED(CALL);
 #undef CALL
+        }
+        free(scratch);
     }
+    return failed;
 }
 
-/* The gradient dx of dy. With stride 1 the caller filters dy with the kernel turned round. */
-void depthwise_back(const float *dy, const float *weight, float *dx, long n, int h, int w, long c,
-                    int kernel, int stride, int num_threads) {
+/* The gradient dx of dy. With stride 1 the caller filters dy with the kernel turned round, which is
+ * faster. 0 on success. */
+int depthwise_back(const float *dy, const float *weight, float *dx, long n, int h, int w, long c,
+                   int kernel, int stride, int num_threads) {
     long step = (long)((h + stride - 1) / stride) * ((w + stride - 1) / stride) * c;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (long i = 0; i < n; i++)
-        filter_back(dy + i * step, weight, dx + i * h * w * c, h, w, c, kernel, stride);
+    int failed = 0;
+#pragma omp parallel num_threads(num_threads) reduction(| : failed)
+    {
+        float *scratch = padded(h, w, kernel);
+        failed |= !scratch;
+#pragma omp for schedule(static)
+        for (long i = 0; i < n; i++) {
+            if (!scratch) continue;
+#define CALL(size, by) \
+    filter_back(dy + i * step, weight, dx + i * h * w * c, scratch, h, w, c, size, by)
+            SPECIALISED(CALL);
+#undef CALL
+        }
+        free(scratch);
+    }
+    return failed;
 }
 
 /* The weight gradient [kernel * kernel][c]. 0 on success. */
@@ -143,28 +180,31 @@ int depthwise_weights(const float *x, const float *dy, float *gradient, long n, 
     long count = kernel * kernel * c;
     double *totals = calloc(SHARES * count, sizeof(double));
     float *parts = malloc(sizeof(float) * SHARES * count);
-    if (!totals || !parts) {
-        free(totals);
-        free(parts);
-        return 1;
-    }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
-    for (int share = 0; share < SHARES; share++) {
-        float *part = parts + share * count;
-        for (long i = n * share / SHARES; i < n * (share + 1) / SHARES; i++) {
+    int failed = 0;
+#pragma omp parallel num_threads(num_threads) reduction(| : failed)
+    {
+        float *scratch = totals && parts ? padded(h, w, kernel) : NULL;
+        failed |= !scratch;
+#pragma omp for schedule(dynamic, 1)
+        for (int share = 0; share < SHARES; share++) {
+            if (!scratch) continue;
+            float *part = parts + share * count;
+            for (long i = n * share / SHARES; i < n * (share + 1) / SHARES; i++) {
 #define CALL(size, by) \
-    filter_weights(x + i * h * w * c, dy + i * step, part, h, w, c, size, by)
-            SPECIALISED(CALL);
+    filter_weights(x + i * h * w * c, dy + i * step, part, scratch, h, w, c, size, by)
+                SPECIALISED(CALL);
 #undef CALL
-            for (long t = 0; t < count; t++) totals[share * count + t] += part[t];
+                for (long t = 0; t < count; t++) totals[share * count + t] += part[t];
+            }
         }
+        free(scratch);
     }
-    for (int share = 1; share < SHARES; share++)
+    for (int share = 1; share < SHARES && !failed; share++)
         for (long t = 0; t < count; t++) totals[t] += totals[share * count + t];
-    for (long t = 0; t < count; t++) gradient[t] = (float)totals[t];
+    for (long t = 0; t < count && !failed; t++) gradient[t] = (float)totals[t];
     free(totals);
     free(parts);
-    return 0;
+    return failed;
 }
 
 /* sums[n][c] of x [n][places][c], or of its product with g unless that is null. */

@@ -31,7 +31,7 @@ _SOURCES = tuple(
 _HEADER = Path(__file__).with_name("kernels.h")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC")
 _LIBRARIES = ("-lm",)
-_LANES = 16  # LANES of kernels.h
+_LANES = 16  # the most that LANES of kernels.h is
 _LOG = logging.getLogger(__name__)
 
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
@@ -63,8 +63,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "leaky_dropout": (None, [_POINTER] * 3 + [_LONG, _INT, _MASK]),
     "norm_forward": (_INT, [_POINTER] * 8 + [_LONG] * 2 + [_DOUBLE] * 2 + [_INT] * 2),
     "norm_backward": (_INT, [_POINTER] * 7 + [_LONG] * 2 + [_INT] * 2),
-    "depthwise": (None, _DEPTHWISE),
-    "depthwise_back": (None, _DEPTHWISE),
+    "depthwise": (_INT, _DEPTHWISE),
+    "depthwise_back": (_INT, _DEPTHWISE),
     "depthwise_weights": (_INT, _DEPTHWISE),
     "place_sums": (None, [_POINTER] * 3 + [_LONG] * 3 + [_INT]),
     "place_scale": (None, [_POINTER] * 4 + [_LONG] * 3 + [_INT]),
@@ -99,6 +99,15 @@ def convolution_kernels() -> ctypes.CDLL | None:
     They keep sixteen vectors of sixteen floats in registers, which AVX-512 has.
     """
     return kernels() if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
+
+
+@functools.cache
+def channel_kernels() -> ctypes.CDLL | None:
+    """Return the kernels where those of norms and depthwise convolutions are the faster ones.
+
+    They work on a vector of channels, of as many floats as an AVX2 or AVX-512 register holds.
+    """
+    return kernels() if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
 
 
 def suits_kernels(features: Tensor, *modules: nn.Module, min_channels: int = _LANES) -> bool:
