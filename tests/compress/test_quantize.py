@@ -82,8 +82,8 @@ def targets(graph):
 def test_weights_are_rounded_as_the_formula_says():
     weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     plain = weight.numpy()
-    scale = np.abs(plain).max(axis=(1, 2, 3), keepdims=True) / np.float32(127)
-    expected = np.clip(np.rint(plain / scale), -127, 127) * scale
+    scale = np.abs(plain).max(axis=(1, 2, 3), keepdims=True) / np.float32(63)
+    expected = np.clip(np.rint(plain / scale), -63, 63) * scale
     scales = weight_scales(weight)
     assert torch.equal(scales, torch.from_numpy(scale.reshape(-1)))
     np.testing.assert_allclose(fake_quantize_weight(weight, scales), expected, rtol=1e-6, atol=0)

@@ -68,7 +68,7 @@ def test_a_layer_is_compared_as_a_plain_reference_does(ranked):
     low, high = min(0.0, seen[0].min().item()), max(0.0, seen[0].max().item())
     step = (high - low) / 255
     zero = round(-low / step)
-    scale = layer.weight.detach().abs().amax((1, 2, 3), keepdim=True) / 127
+    scale = layer.weight.detach().abs().amax((1, 2, 3), keepdim=True) / 63
 
     class Reference(nn.Module):
         def forward(self, values):

@@ -165,6 +165,38 @@ def test_an_aware_file_answers_as_the_converted_network(files):
     assert (logits - expected).abs().mean() < 0.003 * expected.abs().max()
 
 
+def test_two_products_fit_16_bits(files):
+    """So processors without VNNI instructions, which add pairs of them there, do not overflow."""
+    for artifact in (files.static, files.aware):
+        proto = onnx.load(artifact.path)
+        integers = [values for values in constants_of(proto).values() if values.dtype == np.int8]
+        assert any(np.abs(values.astype(int)).max() > 50 for values in integers if values.size)
+        assert all(2 * 255 * np.abs(values.astype(int)).max() < 2**15 for values in integers)
+
+
+def test_the_largest_products_are_added_exactly(tmp_path):
+    model = NormalizedModel(
+        nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(576, 4)),
+        mean=[0.0] * 3,
+        std=[1.0] * 3,
+    ).eval()
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 1.0)
+    images = torch.full((8, 3, 8, 8), 255, dtype=torch.uint8)
+    source = ExportSource(
+        model=model,
+        image_shape=(3, 8, 8),
+        class_names=("a", "b", "c", "d"),
+        calibration_NCHW=images,
+    )
+    artifact = target.export(source, tmp_path, precision="int8")
+    with torch.no_grad():
+        expected = model(images)
+    torch.testing.assert_close(
+        torch.as_tensor(run_artifact(open_artifact(artifact), images)), expected, rtol=0.02, atol=0
+    )
+
+
 def test_any_batch_size_gives_the_same_logits(files):
     images = make_images(7)
     for artifact in (files.static, files.aware):

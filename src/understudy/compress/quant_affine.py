@@ -15,9 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from understudy.models.native import address, kernels
 
-# Without -128, so that the range is symmetric: TFLite demands it, and a product of two weights'
-# worth of -128 is what saturates first on CPUs without VNNI.
-WEIGHT_MIN, WEIGHT_MAX = -127, 127
+# Seven bits of int8, symmetric as TFLite demands. Where a processor has no VNNI instructions, ONNX
+# Runtime and OpenVINO add two products of activation and weight in 16 bits: 2 * 255 * 63 fits,
+# 2 * 255 * 127 does not, and answers are then others than elsewhere.
+WEIGHT_MIN, WEIGHT_MAX = -63, 63
 ACTIVATION_MIN, ACTIVATION_MAX = 0, 255
 # A channel whose weights are all (nearly) zero would get a scale so small that its bias, in units
 # of input scale times weight scale, leaves int32. All channels share the scale of their output, so

@@ -205,6 +205,7 @@ def _quantize(
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
+            reduce_range=True,  # as in ``quant_affine``
             calibrate_method=methods[method],
             extra_options={
                 # Logits are not rounded; between layers the next one's input is.
