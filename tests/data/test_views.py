@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from view_samples import NUM_SAMPLES, one, samples, view_of
 
-from understudy.data.view_spec import MIXING_TRANSFORMS, TRANSFORM_PARAMETERS
+from understudy.data.view_spec import (
+    MIXING_TRANSFORMS,
+    TRANSFORM_PARAMETERS,
+    check_spec,
+    mixed_throughout,
+)
 from understudy.data.views import NUM_DRAWS, PIXELS_VERSION, VIEW_MIXINGS, VIEW_TRANSFORMS, Views
 from understudy.errors import DataError, RecipeError
 
@@ -181,6 +186,24 @@ def test_later_views_are_left_unmixed(name, images):
         shown, weights = view_of(mixing, images, everyone, view)
         assert torch.equal(shown, view_of(plain, images, everyone, view)[0])
         assert (weights == 1).all()
+
+
+def test_a_teacher_sees_mixed_views_throughout(images):
+    everyone = torch.arange(NUM_SAMPLES)
+    spec = [{"flip": None}, {"cutmix": {"probability": 1, "until_view": 1}}]
+    whole = Views(mixed_throughout(spec), seed=0, partner_pool=POOL)
+    always = Views([{"flip": {}}, {"cutmix": {"probability": 1}}], seed=0, partner_pool=POOL)
+    assert whole.fingerprint == always.fingerprint
+    assert not torch.equal(
+        view_of(whole, images, everyone, 5)[0],
+        view_of(Views(spec, seed=0, partner_pool=POOL), images, everyone, 5)[0],
+    )
+
+
+def test_mixup_may_leave_later_views_to_cutmix():
+    first = {"mixup": {"probability": 1, "until_view": 2}}
+    assert not check_spec([first, {"cutmix": {}}])
+    assert check_spec([{"mixup": {"probability": 1}}, {"cutmix": {}}])
 
 
 def test_the_fingerprint_changes_with_all_that_pixels_depend_on():

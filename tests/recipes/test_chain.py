@@ -251,6 +251,15 @@ def test_generations_without_a_teacher_begin_with_labels(tmp_path, monkeypatch):
     assert earlier_seconds(run) == pytest.approx(seconds)
 
 
+def test_a_first_generation_without_a_teacher_keeps_no_views_for_the_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path / "home"))
+    recipe = without_teacher(2)
+    recipe["training"]["last_views"] = {"num_epochs": 1, "num_views": 1}
+    run = open_run(recipe, out=tmp_path / "run")
+    assert run.steps[0].recipe.teacher.training.last_views is None
+    assert run.steps[0].recipe.training.last_views == run.recipe.training.last_views
+
+
 def test_generations_with_a_teacher_begin_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path / "home"))
     recipe = chain_recipe({"name": "born_again", "num_generations": 2})

@@ -70,7 +70,7 @@ def test_a_schedule_is_told_from_a_number():
         ({"training": {"clip_norm": float("nan")}}, "finite"),
         (
             {"training": {"num_epochs": 3, "last_views": {"num_epochs": 4, "num_views": 1}}},
-            "must not be more than num_epochs",
+            "last_views.num_epochs is 4, more than num_epochs 3: lower it",
         ),
         (
             {"training": {"last_views": {"num_epochs": 1, "num_views": 10}}},
@@ -91,6 +91,17 @@ def test_a_schedule_is_told_from_a_number():
                 }
             },
             "a teacher's epochs each have a view of their own",
+        ),
+        (
+            {
+                "heads": {
+                    "size": {
+                        "label_column": "a",
+                        "training": {"last_views": {"num_epochs": 1, "num_views": 1}},
+                    }
+                }
+            },
+            "a head sees its views in turn",
         ),
     ],
 )

@@ -136,11 +136,12 @@ def prepare_qat(
     float_layers: Sequence[str] = (),
     freeze_after: int | None = None,
 ) -> QatNetwork:
-    """Return a trainable copy of ``model`` that rounds its weights and activations to 8 bits.
+    """Return a trainable copy of ``model`` that rounds its weights and activations to integers.
 
-    Weights: int8, a scale for each output channel, as they are in every step. Activations: uint8,
-    one range each, set by the example images and then a moving average over training batches.
-    Train in float32: with bfloat16 the rounding of the arithmetic is coarser than that of int8.
+    Weights: int8 from -63 to 63, a scale for each output channel, as they are in every step.
+    Activations: uint8, one range each, set by the example images and then a moving average over
+    training batches. Train in float32: with bfloat16 the rounding of the arithmetic is coarser than
+    that of int8.
 
     Args:
         model: float32; takes float images in [0, 1]; is not changed.

@@ -74,7 +74,11 @@ def _probability(default: float) -> Parameter:
 
 
 _UNTIL_VIEW = Parameter(
-    "whole_number", None, "first view it leaves as it is; null: none", at_least=1, optional=True
+    "whole_number",
+    None,
+    "first of the stored views that it leaves as they are; null: none",
+    at_least=1,
+    optional=True,
 )
 
 
@@ -194,6 +198,17 @@ def normalized_spec(spec: Sequence[Mapping[str, Any]]) -> list[dict[str, dict[st
         }
         result.append({name: {k: value for k, value in parameters.items() if value is not None}})
     return result
+
+
+def mixed_throughout(spec: Sequence[Mapping[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    """Return the spec without ``until_view``: its mixing transforms change every view."""
+    return [
+        {
+            name: {key: value for key, value in (arguments or {}).items() if key != "until_view"}
+            for name, arguments in entry.items()
+        }
+        for entry in spec
+    ]
 
 
 def _normalized_value(parameter: Parameter, value: Any) -> Any:
@@ -330,7 +345,8 @@ def _check_mixing(spec: Sequence[Any], where: str) -> list[str]:
         ]
     first = spec[positions[0]][mixing[0]] or {}
     default = TRANSFORM_PARAMETERS[mixing[0]]["probability"].default
-    if isinstance(first, Mapping) and first.get("probability", default) == 1:
+    always = isinstance(first, Mapping) and first.get("until_view") is None
+    if always and first.get("probability", default) == 1:
         return [
             problem(
                 f"{where}[{positions[0]}].{mixing[0]}.probability is 1 with {mixing[1]} after it",

@@ -83,7 +83,7 @@ class Int8Graph:
 
         A dead input (squeezed channels that are always 0, say) has so small a scale that the bias
         leaves int32, and what ONNX Runtime makes of that is wrong. Beside a bias of 2^30 units the
-        weights, of at most 127 * 255 units each, are rounding.
+        weights, of at most 128 * 255 units each, are rounding.
         """
         integers, scales = self.array(weight.input[0]), self.array(weight.input[1])
         assert integers is not None, "its scales are constants"

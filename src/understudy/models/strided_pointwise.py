@@ -2,9 +2,9 @@
 
 In oneDNN, which computes PyTorch's convolutions on CPUs, the weight gradient of a 1x1 convolution
 with a stride writes past its workspace where pictures lie channels last and the input has fewer
-channels than a vector (oneDNN issue 6035, open in the release that torch 2.13.0 carries). On a
-processor with AVX2 and no AVX-512 such a training ends in "corrupted size vs. prev_size" sooner or
-later. A convolution of stride 1 on every second pixel is the same and does not.
+channels than a vector: 8 with AVX2, 16 with AVX-512 (oneDNN issue 6035, open in the release that
+torch 2.13.0 carries). Gradients are wrong, or the process hangs or ends in "corrupted size vs.
+prev_size". A convolution of stride 1 on every second pixel is the same and has no such fault.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class StridedPointwise(nn.Conv2d):
 
     def forward(self, features_NCHW: Tensor) -> Tensor:
         """Return what ``nn.Conv2d`` does."""
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
         if traced or not self.is_narrow or not torch.is_grad_enabled():
             return super().forward(features_NCHW)
         down, across = self.stride

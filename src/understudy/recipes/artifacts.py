@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from understudy.artifacts import Record
+from understudy.compress.quant_affine import WEIGHT_MAX
 from understudy.errors import InputError, ParityError, problem
 from understudy.evaluate.accuracy import evaluate_logits
 from understudy.evaluate.budget import Budget
@@ -113,6 +114,8 @@ def make_artifact(
         "device": None if device is None else device.model_dump(mode="json"),
         "latency": limits["latency_ms"],
     }
+    if precision == "int8":
+        section["largest_weight"] = WEIGHT_MAX
     stage = run.begin(
         artifact_kind(name, precision),
         section=section,

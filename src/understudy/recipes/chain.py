@@ -46,7 +46,8 @@ def chained(run: Run) -> Run:
     kind, first = "generation" if isinstance(strategy, BornAgain) else "assistant", 1
     teacher = recipe.teacher
     if teacher is None:  # then the first generation learns from labels, and teaches the second
-        teacher, first = TeacherSection(model=models[0], training=recipe.training), 2
+        training = recipe.training.model_copy(update={"last_views": None})
+        teacher, first = TeacherSection(model=models[0], training=training), 2
     common = {"strategy": Offline(), "control": False, "budget": Budget()}
     common |= {"finetuning": None, "exits": None, "heads": {}}
     steps: list[Run] = []

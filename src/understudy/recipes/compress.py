@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from understudy.artifacts import Record
+from understudy.compress.quant_affine import WEIGHT_MAX
 from understudy.compress.settings import Gates, PruneStep, QuantizeStep
 from understudy.evaluate.accuracy import evaluate_logits
 from understudy.evaluate.budget import Budget, BudgetFacts, check_budget
@@ -110,6 +111,8 @@ def run_step(run: Run, number: int, step: PruneStep | QuantizeStep, state: State
     names = ("seed", "views", "device", "distillation", "strategy", "measurement")
     section = run.recipe.section(*names) | {"budget": file_budget(run).model_dump(mode="json")}
     section |= {"step": step.model_dump(mode="json"), "gates": gates.model_dump(mode="json")}
+    if isinstance(step, QuantizeStep):
+        section["largest_weight"] = WEIGHT_MAX
     parents = {state.record.kind: state.record.hash}
     parents["evaluation"] = run.parent("evaluation", "evaluate").hash
     stage = run.begin(kind, section=section, parents=parents)

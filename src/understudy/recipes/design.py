@@ -268,6 +268,7 @@ def training_run(run: Run, values: dict[str, Any], candidate: Candidate, rung: R
         "views": values["views"]
         | {"num_views": min(values["views"]["num_views"], rung.num_epochs)},
         "finetuning": None,
+        "compression": {},
         "training": training
         | {
             "num_epochs": rung.num_epochs,

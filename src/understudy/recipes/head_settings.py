@@ -33,6 +33,12 @@ class HeadTraining(TrainSettings):
     optimizer: HeadOptimizer = HeadOptimizer()
     checkpoint_every_epochs: Annotated[int, Field(gt=0)] = 5
 
+    @model_validator(mode="after")
+    def _every_view_comes_again(self) -> HeadTraining:
+        if self.last_views is not None:
+            raise ValueError("a head sees its views in turn: drop last_views")
+        return self
+
 
 class HeadGuidance(DistillSettings):
     """How the probe on the teacher's embedding guides a head; losses on logits only."""

@@ -23,6 +23,10 @@ from understudy.train.feed import TeacherSource
 from understudy.train.objective import value_at
 from understudy.train.terms import teacher_taps
 
+# Of outputs by that of the labelling, where the words differ. Labels from 8-bit weights, which were
+# "int8", are others.
+STORED_PRECISIONS = {"auto": "float32", "int8": "int8 of 7-bit weights"}
+
 
 def teacher_features(run: Run, role: str) -> list[Tap]:
     """Return the layers of one teacher that the losses look at, named as in its own network.
@@ -46,7 +50,7 @@ def open_entries(run: Run, role: str, *, with_features: bool = True) -> list[Ent
     common: dict[str, Any] = {
         "teacher": teacher_identity(run, role, run.parent(role, "teach")),
         "num_views": run.recipe.views.num_views,
-        "precision": "float32" if labelling.precision == "auto" else labelling.precision,
+        "precision": STORED_PRECISIONS.get(labelling.precision, labelling.precision),
     }
     entries = [
         store.entry(

@@ -8,6 +8,7 @@ nobody is validated on what a teacher was trained on, and a view is labelled onc
 from __future__ import annotations
 
 from understudy.artifacts import Record
+from understudy.compress.settings import CompressionSection
 from understudy.evaluate.accuracy import predict_logits
 from understudy.evaluate.budget import Budget
 from understudy.progress import log, shown_progress
@@ -85,6 +86,7 @@ def probe_run(run: Run, candidate: Run, name: str, number: int) -> Run:
             }
         ),
         "training": probe_training(recipe.training, settings),
+        "compression": CompressionSection(),
     }
     folder = run.folder / PROBES_NAME / f"{name}-{recipe.seed + number}"
     return sharing(Run(recipe.model_copy(update=changes), folder, run.home), run, "source")

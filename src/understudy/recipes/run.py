@@ -30,6 +30,7 @@ from understudy.data.unlabelled import (
     join_unlabelled,
     load_unlabelled,
 )
+from understudy.data.view_spec import mixed_throughout
 from understudy.data.views import Views
 from understudy.errors import InputError, problem
 from understudy.progress import log
@@ -174,9 +175,17 @@ class Run:
     @cached_property
     def views(self) -> Views:
         """The replayable views of the training split."""
+        return self._views(self.transforms)
+
+    @cached_property
+    def teacher_views(self) -> Views:
+        """Those a teacher trains on, one for each of its epochs: all of them mixed or none."""
+        return self._views(mixed_throughout(self.transforms))
+
+    def _views(self, transforms: list[dict[str, dict[str, Any]]]) -> Views:
         seed = self.recipe.views.seed
         return Views(
-            self.transforms,
+            transforms,
             seed=derive_seed(self.recipe.seed if seed is None else seed, "views"),
             partner_pool=self.splits.train,
         )

@@ -173,7 +173,7 @@ class Recipe(Section):
             if training.num_epochs > last.num_epochs and last.num_views >= self.views.num_views:
                 yield (
                     f"{where}.last_views keeps {last.num_views} of {self.views.num_views} views "
-                    "for the end, which leaves none for the epochs before"
+                    "for the end, which leaves none for the epochs before: raise views.num_views"
                 )
             elif last.num_views > self.views.num_views:
                 yield (

@@ -117,7 +117,7 @@ class ModelSection(Section):
 
 
 class ViewsSection(Section):
-    """How training pictures are varied. Epoch `e` shows view `e mod num_views`."""
+    """How pictures vary. Epoch `e` shows view `e mod num_views`, or one of the `last_views`."""
 
     num_views: Annotated[int, Field(gt=0)] = 10
     seed: Annotated[

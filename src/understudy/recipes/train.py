@@ -167,11 +167,12 @@ def role_training(run: Run, role: str, folder: Path) -> tuple[nn.Module, TrainPl
     model = build_model(run, role)
     settings, is_student = settings_of(run, role), role == "student"
     # Nothing is stored for a teacher in training, so each of its epochs has a view of its own.
-    num_views = settings.num_epochs if role in run.teachers else run.recipe.views.num_views
+    is_teacher = role in run.teachers
+    num_views = settings.num_epochs if is_teacher else run.recipe.views.num_views
     feed = Feed(
         source=run.source,
-        views=run.views,
-        indices_N=run.labelled_train_N if role in run.teachers else run.splits.train,
+        views=run.teacher_views if is_teacher else run.views,
+        indices_N=run.labelled_train_N if is_teacher else run.splits.train,
         batch_size=settings.batch_size,
         view_plan=ViewPlan.of(settings, num_views),
         seed=order_seed(run, role),

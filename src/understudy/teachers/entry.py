@@ -41,7 +41,8 @@ class StoreKey:
         transform: hash of the view's specification.
         seed: of the views.
         view: number of the view.
-        precision: the arithmetic that changes outputs materially: "float32", "bfloat16", "int8".
+        precision: the arithmetic that changes outputs materially: "float32", "bfloat16",
+            "int8 of 7-bit weights".
         output: "logits", or the key of the tap whose features these are ("layer3:attention").
     """
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from understudy.models.strided_pointwise import StridedPointwise
 from understudy.teachers.tap_points import TapPoint
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -48,7 +49,8 @@ def folded(module: nn.Module) -> nn.Module:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, TapPoint) or super().is_leaf_module(m, module_qualified_name)
+        own = isinstance(m, TapPoint | StridedPointwise)
+        return own or super().is_leaf_module(m, module_qualified_name)
 
 
 def _folded_inside(layer: nn.Module) -> nn.Module:

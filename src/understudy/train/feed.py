@@ -18,7 +18,7 @@ from understudy.data.batches import (
 )
 from understudy.data.sources import ImageSource
 from understudy.data.views import Views
-from understudy.errors import DataError, problem
+from understudy.errors import DataError, InputError, problem
 from understudy.teachers.outputs import TeacherOutputs
 from understudy.train.settings import TrainSettings
 
@@ -66,6 +66,17 @@ class ViewPlan:
     num_views: int
     num_last: int = 0
     first_last_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        most = self.num_views - (self.first_last_epoch > 0)
+        if self.num_last > most:
+            raise InputError(
+                problem(
+                    f"{self.num_last} of {self.num_views} views are for the last epochs",
+                    expected=f"at most {most}",
+                    mend="Take fewer, or more views.",
+                )
+            )
 
     @classmethod
     def of(cls, settings: TrainSettings, num_views: int) -> ViewPlan:

@@ -115,7 +115,8 @@ class TrainSettings(Section):
         LastViews | None,
         Field(
             description="Views for the last epochs alone, for instance unmixed ones; null: every "
-            "view comes again and again."
+            "view comes again and again.",
+            exclude_if=lambda value: value is None,  # so that older trainings keep their keys
         ),
     ] = None
     precision: Annotated[
@@ -149,5 +150,8 @@ class TrainSettings(Section):
         if self.learning_rate_schedule.warmup_epochs >= self.num_epochs:
             raise ValueError("warmup_epochs must be less than num_epochs")
         if self.last_views is not None and self.last_views.num_epochs > self.num_epochs:
-            raise ValueError("last_views.num_epochs must not be more than num_epochs")
+            raise ValueError(
+                f"last_views.num_epochs is {self.last_views.num_epochs}, more than num_epochs "
+                f"{self.num_epochs}: lower it"
+            )
         return self
