@@ -129,9 +129,10 @@ INLINE void filter_weights(const float *x, const float *dy, float *part, float *
     else if (kernel == 5 && stride == 2) call(5, 2);       \
     else call(kernel, stride)
 
-/* x [n][h][w][c] to y [n][ceil(h / stride)][ceil(w / stride)][c]. 0 on success. */
-int depthwise(const float *x, const float *weight, float *y, long n, int h, int w, long c,
-              int kernel, int stride, int num_threads) {
+/* Every picture filtered, or with `back` every gradient spread. 0 on success. */
+static int pictures(const float *from, const float *weight, float *to, long n, int h, int w, long c,
+                    int kernel, int stride, int num_threads, int back) {
+    long full = (long)h * w * c;
     long step = (long)((h + stride - 1) / stride) * ((w + stride - 1) / stride) * c;
     int failed = 0;
 #pragma omp parallel num_threads(num_threads) reduction(| : failed)
@@ -141,36 +142,33 @@ int depthwise(const float *x, const float *weight, float *y, long n, int h, int 
 #pragma omp for schedule(static)
         for (long i = 0; i < n; i++) {
             if (!scratch) continue;
-#define CALL(size, by) filter(x + i * h * w * c, weight, y + i * step, scratch, h, w, c, size, by)
-            SPECIALISED(CALL);
-#undef CALL
+#define FILTER(size, by) filter(from + i * full, weight, to + i * step, scratch, h, w, c, size, by)
+#define SPREAD(size, by) \
+    filter_back(from + i * step, weight, to + i * full, scratch, h, w, c, size, by)
+            if (back) {
+                SPECIALISED(SPREAD);
+            } else {
+                SPECIALISED(FILTER);
+            }
+#undef FILTER
+#undef SPREAD
         }
         free(scratch);
     }
     return failed;
 }
 
+/* x [n][h][w][c] to y [n][ceil(h / stride)][ceil(w / stride)][c]. 0 on success. */
+int depthwise(const float *x, const float *weight, float *y, long n, int h, int w, long c,
+              int kernel, int stride, int num_threads) {
+    return pictures(x, weight, y, n, h, w, c, kernel, stride, num_threads, 0);
+}
+
 /* The gradient dx of dy. With stride 1 the caller filters dy with the kernel turned round, which is
  * faster. 0 on success. */
 int depthwise_back(const float *dy, const float *weight, float *dx, long n, int h, int w, long c,
                    int kernel, int stride, int num_threads) {
-    long step = (long)((h + stride - 1) / stride) * ((w + stride - 1) / stride) * c;
-    int failed = 0;
-#pragma omp parallel num_threads(num_threads) reduction(| : failed)
-    {
-        float *scratch = padded(h, w, kernel);
-        failed |= !scratch;
-#pragma omp for schedule(static)
-        for (long i = 0; i < n; i++) {
-            if (!scratch) continue;
-#define CALL(size, by) \
-    filter_back(dy + i * step, weight, dx + i * h * w * c, scratch, h, w, c, size, by)
-            SPECIALISED(CALL);
-#undef CALL
-        }
-        free(scratch);
-    }
-    return failed;
+    return pictures(dy, weight, dx, n, h, w, c, kernel, stride, num_threads, 1);
 }
 
 /* The weight gradient [kernel * kernel][c]. 0 on success. */
