@@ -29,6 +29,7 @@ from understudy.compress.quantize import (
 from understudy.data.sources import load_data
 from understudy.errors import CheckpointError, InputError, MissingExtraError, ModelError
 from understudy.evaluate.accuracy import eval_mode
+from understudy.models import native
 from understudy.models.build import NormalizedModel, build_network
 from understudy.train.devices import make_fabric
 from understudy.train.feed import Feed, ViewPlan
@@ -304,6 +305,85 @@ def test_norms_keep_their_own_eps_and_momentum():
     untouched = prepare_qat(model, example_NCHW=images).eval()
     with torch.no_grad():
         torch.testing.assert_close(convert_qat(untouched)(pixels), untouched(images))
+
+
+def test_mirror_images_count_in_evaluation_and_not_in_training():
+    model = make_model("inverted", FAMILIES["inverted"])
+    images = make_images(8)
+    model.flip_average = False
+    plain = prepare_qat(model, example_NCHW=images)
+    model.flip_average = True
+    network = prepare_qat(model, example_NCHW=images)
+    assert model.flip_average  # the model itself is left alone
+    assert network.num_ranges == plain.num_ranges
+    plain.load_state_dict(network.state_dict())
+    mirrored = images.flip(3)
+    with torch.no_grad():
+        plain.eval()
+        expected = (plain(images) + plain(mirrored)) / 2
+        torch.testing.assert_close(network.eval()(images), expected)
+        converted = convert_qat(network)(images.float() / 255)
+        torch.testing.assert_close(converted, expected, rtol=0, atol=1e-5)
+        assert (expected - plain(images)).abs().max() > 1e-3
+        torch.testing.assert_close(network.train()(images), plain.train()(images))
+
+
+def wide_model():
+    """Of layers that the native kernels know; trained a little, so that its norms are not 1."""
+    model = make_model(
+        "inverted",
+        {"stem": [16, 1], "blocks": [[16, 1, 1, 3, 2], [32, 2, 1, 5]], "activation": "hardswish"},
+    )
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model.to(memory_format=torch.channels_last)
+
+
+def gradient_functions(result):
+    """Return the names of all functions of the graph behind a tensor."""
+    found, waiting = {}, [result.grad_fn]
+    while waiting:
+        function = waiting.pop()
+        if function is not None and function not in found:
+            found[function] = type(function).__name__
+            waiting += [following for following, _ in function.next_functions]
+    return set(found.values())
+
+
+@pytest.mark.parametrize("freeze_after", [None, 0])
+def test_native_kernels_train_as_torch_does(freeze_after):
+    """Two updates in float32 against float64: roundings of int8 would hide everything else."""
+    images = make_images(16)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        network = prepare_qat(wide_model(), example_NCHW=images, freeze_after=freeze_after)
+        for module in network.graph.modules():
+            if hasattr(module, "calculate_qparams"):
+                module.forward = lambda values: values
+        network.train().to(dtype).to(memory_format=torch.channels_last)
+        pixels = (images.to(dtype) / 255).contiguous(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            logits = network(pixels)
+            nn.functional.cross_entropy(logits, torch.arange(16) % 10).backward()
+            optimizer.step()
+        results.append((logits, network))
+    (logits, network), (expected, exact) = results
+    found = gradient_functions(logits)
+    if native.channel_kernels() is not None:
+        assert "_DepthwiseBackward" in found
+        assert ("_NormBackward" in found) == (freeze_after is None)
+    assert gradient_functions(expected).isdisjoint({"_DepthwiseBackward", "_NormBackward"})
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
+    state = exact.state_dict()
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value.double(), state[name].double(), rtol=1e-3, atol=1e-4)
+    for name, parameter in network.named_parameters():
+        reference = exact.get_parameter(name).grad
+        torch.testing.assert_close(parameter.grad.double(), reference, rtol=1e-3, atol=1e-4)
 
 
 def test_a_channel_pruned_to_zero_stays_finite():

@@ -1,6 +1,7 @@
 """What the C files compute in another way than ONNX Runtime, and with the same results."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,10 +53,24 @@ def logits(model: onnx.ModelProto | Path, pixels_NCHW: np.ndarray) -> np.ndarray
     return np.concatenate([session.run(None, {name: one[None]})[0] for one in pixels_NCHW])
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
+def aware_path(folder, **arguments):
+    """Return the int8 file of a network prepared for quantisation-aware training."""
+    pytest.importorskip("torchao", reason="the extra 'compress' is not installed")
+    from understudy.compress.quantize import convert_qat, prepare_qat
+
+    given = source(**arguments)
+    prepared = prepare_qat(given.model, example_NCHW=small_images(32))
+    trained = replace(given, quantized=convert_qat(prepared))
+    return find_target("onnx").export(trained, folder, precision="int8").path
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "aware"])
 @pytest.mark.parametrize("order", [None, [1, 0, 2, 3, 4, 5, 6, 7, 9, 8]])
 def test_the_mean_of_two_passes_is_what_the_file_gives(precision, order, tmp_path):
-    path = onnx_path(tmp_path, precision, flip_average=True, order=order)
+    if precision == "aware":
+        path = aware_path(tmp_path, flip_average=True, order=order)
+    else:
+        path = onnx_path(tmp_path, precision, flip_average=True, order=order)
     whole = prepare(onnx.load(path))
     single = one_pass(whole)
     onnx.checker.check_model(single)

@@ -64,6 +64,38 @@ def test_values_gradients_and_running_averages(
 
 
 @needs_kernels
+@pytest.mark.parametrize("shape", [(3, 16, 8, 8), (5, 56, 9, 9)])
+def test_the_norm_of_scaled_features(shape: tuple[int, ...]) -> None:
+    """The factor's gradient comes from eps alone: here it is as large as the variance."""
+    torch.manual_seed(0)
+    num_channels = shape[1]
+    given = [channels_last(*shape)] + [torch.randn(num_channels) for _ in range(3)]
+    running = [torch.randn(num_channels), torch.rand(num_channels)]
+    ours = [tensor.clone(memory_format=torch.preserve_format) for tensor in (*given, *running)]
+    exact = [tensor.double() for tensor in (*given, *running)]
+    for values in (ours, exact):
+        for tensor in values[:4]:
+            tensor.requires_grad_()
+    output = fast_norm.scaled_norm(*ours, momentum=0.3, eps=0.7)
+    features, factor, weight, bias, mean, variance = exact
+    scaled = features * factor.reshape(1, -1, 1, 1)
+    expected = nn.functional.batch_norm(
+        scaled, mean, variance, weight, bias, training=True, momentum=0.3, eps=0.7
+    )
+    assert output is not None
+    gradient = channels_last(*shape)
+    output.backward(gradient)
+    expected.backward(gradient.double())
+    torch.testing.assert_close(output.double(), expected, rtol=2e-5, atol=1e-4)
+    for own, reference in zip(ours[:4], exact[:4], strict=True):
+        assert own.grad is not None
+        assert reference.grad is not None
+        torch.testing.assert_close(own.grad.double(), reference.grad, rtol=1e-4, atol=1e-3)
+    for own, reference in zip(ours[4:], exact[4:], strict=True):
+        torch.testing.assert_close(own.double(), reference, rtol=2e-5, atol=1e-4)
+
+
+@needs_kernels
 def test_the_bits_do_not_depend_on_the_threads(restored_threads: None) -> None:
     torch.manual_seed(0)
     features, gradient = channels_last(7, 24, 15, 15), channels_last(7, 24, 15, 15)

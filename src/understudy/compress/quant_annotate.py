@@ -37,9 +37,8 @@ from understudy.compress.quant_affine import (
 )
 from understudy.compress.quant_fold import (
     CONVOLUTIONS,
-    batch_norm,
+    folded_norm,
     prepare_norms,
-    unscaled_features,
 )
 
 aten = torch.ops.aten
@@ -231,11 +230,10 @@ def past_dropout(node: Node) -> Node:
 
 def chain_end(node: Node) -> Node:
     """Return the last of the nodes that run in this node's kernel: its norm and activation."""
-    for following in ((unscaled_features,), (batch_norm,), _ACTIVATIONS):
+    # A batch norm that was not folded is an operator of its own.
+    for following in ((folded_norm,), _ACTIVATIONS):
         users = list(node.users)
-        # A batch norm that was not folded is an operator of its own.
-        alone = batch_norm in following and node.target is not unscaled_features
-        if len(users) == 1 and users[0].target in following and not alone:
+        if len(users) == 1 and users[0].target in following:
             node = users[0]
     return node
 

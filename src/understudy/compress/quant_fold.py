@@ -2,8 +2,8 @@
 
 In the file the two are one convolution with the weight ``w * scale``, where ``scale = gamma /
 sqrt(running variance + eps)``; that product is what must be rounded. So the training graph scales
-the weight before it is rounded and divides the result by the scale again, and the batch norm after
-that computes what it did (Krishnamoorthi 2018, section 3.2.2).
+the weight before it is rounded, and the batch norm after that computes what it did on the result
+divided by the scale (Krishnamoorthi 2018, section 3.2.2).
 
 torchao has the same rewriting, by pattern matching: for each network it captures some hundred small
 patterns, which takes a hundred times as long as the conversion itself, and it sets every eps to
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from understudy.models.fast_norm import scaled_norm
+
 CONVOLUTIONS = (torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default)
 _ATEN_BATCH_NORM = torch.ops.aten.batch_norm.default
-# Positions of aten::batch_norm's arguments.
-SCALE, SHIFT, MEAN, VARIANCE, LEARNS, EPS = 1, 2, 3, 4, 5, 7
+# Positions of aten::batch_norm's arguments, and of the convolution's bias after them.
+SCALE, SHIFT, MEAN, VARIANCE, LEARNS, EPS, BIAS = 1, 2, 3, 4, 5, 7, 9
 # A scale of zero would be divided by; this one adds nothing that float32 could show.
 _MIN_NORM_SCALE = 1e-8
 
@@ -46,14 +48,41 @@ def scaled_weight(weight: Tensor, gamma: Tensor | None, variance: Tensor, eps: f
     return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
-def unscaled_features(
-    features: Tensor, gamma: Tensor | None, variance: Tensor, eps: float, bias: Tensor | None
-) -> Tensor:
-    """Return what the convolution with its own weight and bias would have given."""
+def folded_norm(
+    features: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    learns: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
+    bias: Tensor | None,
+) -> Any:
+    """Compute the batch norm of what the convolution with its own weight and bias would have given.
+
+    Args:
+        features: of the convolution with the scaled weight and without bias.
+        bias: of the convolution.
+
+    The others are those of aten's batch norm.
+    """
     shape = (1, -1, *[1] * (features.dim() - 2))
-    # Not a division: its gradient takes three more passes over the features.
-    features = features * norm_scale(gamma, variance, eps).reciprocal().reshape(shape)
-    return features if bias is None else features + bias.reshape(shape)
+    scale = norm_scale(gamma, variance, eps)
+    if not learns:  # the scales of weight and norm cancel
+        shift = (-mean if bias is None else bias - mean) * scale
+        return features + (shift if beta is None else shift + beta).reshape(shape)
+    factor = scale.reciprocal()  # a division's gradient takes three more passes over the features
+    if gamma is not None and beta is not None and bias is None:
+        parts = factor, gamma, beta, mean, variance
+        normalised = scaled_norm(features, *parts, momentum=momentum, eps=eps)
+        if normalised is not None:
+            return normalised
+    features = features * factor.reshape(shape)
+    if bias is not None:
+        features = features + bias.reshape(shape)
+    return batch_norm(features, gamma, beta, mean, variance, True, momentum, eps, cudnn)
 
 
 def lift_zero_scales(model: nn.Module) -> None:
@@ -65,8 +94,8 @@ def lift_zero_scales(model: nn.Module) -> None:
 
 
 def norm_nodes(graph: GraphModule) -> list[Node]:
-    """Return the batch norms of a graph of ``prepare_norms``."""
-    return list(graph.graph.find_nodes(op="call_function", target=batch_norm))
+    """Return the batch norms of a graph of ``prepare_norms``, folded or not."""
+    return [node for node in graph.graph.nodes if node.target in (batch_norm, folded_norm)]
 
 
 def prepare_norms(graph: GraphModule, float_nodes: Iterable[Node]) -> None:
@@ -93,10 +122,9 @@ def _split(graph: GraphModule, conv: Node, norm: Node) -> None:
         scaled = graph.graph.call_function(scaled_weight, (weight, *scale_args))
     bias = rest[0] if rest else None
     conv.args = (features, scaled, None, *rest[1:])
-    with graph.graph.inserting_before(norm):
-        unscaled = graph.graph.call_function(unscaled_features, (conv, *scale_args, bias))
-    norm.update_arg(0, unscaled)
-    scaled.meta, unscaled.meta = dict(weight.meta), dict(conv.meta)  # type: ignore[union-attr]
+    norm.target = folded_norm
+    norm.args = (*norm.args, bias)
+    scaled.meta = dict(weight.meta)  # type: ignore[union-attr]
     scaled.meta["nn_module_stack"] = conv.meta.get("nn_module_stack")
 
 
@@ -107,17 +135,16 @@ def merge_norms(graph: GraphModule) -> None:
     The scaled weight, which goes into the rounding, becomes a constant.
     """
     for norm in norm_nodes(graph):
-        features: Any = norm.args[0]
-        if features.target is not unscaled_features:
+        if norm.target is not folded_norm:
             continue
-        conv = features.args[0]
+        conv: Any = norm.args[0]
         (scaled,) = (node for node in _sources(conv.args[1]) if node.target is scaled_weight)
         name = str(scaled.args[0].target).replace(".", "_")
         gamma, variance = _value(graph, norm.args[SCALE]), _value(graph, norm.args[VARIANCE])
         eps = float(norm.args[EPS])  # type: ignore[arg-type]
         bias = -_value(graph, norm.args[MEAN])
-        if features.args[4] is not None:
-            bias = bias + _value(graph, features.args[4])
+        if norm.args[BIAS] is not None:
+            bias = bias + _value(graph, norm.args[BIAS])
         bias = bias * norm_scale(gamma, variance, eps)
         if norm.args[SHIFT] is not None:
             bias = bias + _value(graph, norm.args[SHIFT])
@@ -127,7 +154,7 @@ def merge_norms(graph: GraphModule) -> None:
         bias_node = _constant(graph, f"{name}_bias", bias, before=conv)
         conv.update_arg(2, bias_node)
         norm.replace_all_uses_with(conv)
-        for node in (norm, features, scaled):
+        for node in (norm, scaled):
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()

@@ -22,12 +22,18 @@ from torch.fx.graph import CodeGen
 
 from understudy.compress.quant_fold import (
     LEARNS,
-    batch_norm,
     lift_zero_scales,
     merge_norms,
+    norm_nodes,
     restore_norms,
 )
+from understudy.compress.quant_graph import (
+    average_mirrored,
+    restore_convolutions,
+    use_native_convolutions,
+)
 from understudy.errors import CheckpointError, InputError, MissingExtraError, ModelError, problem
+from understudy.models.build import NormalizedModel, both_ways
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -48,9 +54,13 @@ class QatNetwork(nn.Module):
     the ranges stand still, so that the last updates learn the network as it will run. The count is
     a buffer: it goes with the state dict, and a resumed training freezes at the same pass.
 
+    A network that averages over mirror images learns from one of the two at a time, as it did in
+    float, and answers in evaluation with the average.
+
     Attributes:
-        graph: the captured network with fake quantisation.
+        graph: the captured network with fake quantisation, of one way.
         image_shape: (C, H, W).
+        flip_average: whether answers are the mean of a picture's and its mirror image's.
     """
 
     num_passes: Tensor
@@ -61,9 +71,11 @@ class QatNetwork(nn.Module):
         *,
         image_shape: tuple[int, int, int],
         freeze_after: int | None,
+        flip_average: bool,
     ) -> None:
         super().__init__()
         self.graph = graph
+        self.flip_average = flip_average
         self.image_shape = image_shape
         self.freeze_after = freeze_after
         self.register_buffer("num_passes", torch.zeros((), dtype=torch.int64))
@@ -88,17 +100,18 @@ class QatNetwork(nn.Module):
         self._set_mode(training=self.training, learns=self.training and not self.frozen)
         if self.training:
             self.num_passes += 1
+        elif self.flip_average:
+            return both_ways(self.graph, pixels_NCHW)
         logits_NK: Tensor = self.graph(pixels_NCHW)
         return logits_NK
 
     def _set_mode(self, *, training: bool, learns: bool) -> None:
         if self._mode == (training, learns):
             return
-        for node in self.graph.graph.nodes:
-            if node.target is batch_norm:
-                node.update_arg(LEARNS, learns)
-            elif node.target is _DROPOUT:
-                node.update_arg(_DROPS, training)
+        for norm in norm_nodes(self.graph):
+            norm.update_arg(LEARNS, learns)
+        for dropout in self.graph.graph.find_nodes(op="call_function", target=_DROPOUT):
+            dropout.update_arg(_DROPS, training)
         self.graph.recompile()
         self._set_observing(learns)
         self._mode = training, learns
@@ -144,7 +157,8 @@ def prepare_qat(
     that of int8.
 
     Args:
-        model: float32; takes float images in [0, 1]; is not changed.
+        model: float32; takes float images in [0, 1]; is not changed. If it is a ``NormalizedModel``
+            with ``flip_average``, it learns from one of the two ways at a time.
         example_NCHW: real images, uint8 or float, at least two; a batch or more of the training or
             calibration split gives a good start.
         float_layers: names of modules of ``model`` that stay in float32.
@@ -161,15 +175,21 @@ def prepare_qat(
     pixels_NCHW = example_NCHW.cpu()
     if pixels_NCHW.dtype == torch.uint8:
         pixels_NCHW = pixels_NCHW.float() / 255
-    graph = _capture(copy.deepcopy(model).cpu().float().train(), pixels_NCHW)
+    single = copy.deepcopy(model).cpu().float().train()
+    flips = False
+    if isinstance(single, NormalizedModel):
+        flips, single.flip_average = single.flip_average, False
+    graph = _capture(single, pixels_NCHW)
     quantizer = modules["annotate"].OnnxRuntimeQuantizer(float_layers)
     with _quiet_torchao():
         graph = modules["pt2e"].prepare_qat_pt2e(graph, quantizer)
+    use_native_convolutions(graph)
     channels, height, width = pixels_NCHW.shape[1:]
     network = QatNetwork(
         graph,
         image_shape=(channels, height, width),
         freeze_after=freeze_after,
+        flip_average=flips,
     )
     if network.num_ranges == 0:
         raise ModelError(
@@ -192,7 +212,9 @@ def convert_qat(prepared: QatNetwork) -> GraphModule:
     modules = _import_torchao()
     network = copy.deepcopy(prepared).cpu().float().eval()
     with torch.no_grad():
-        network(torch.zeros(2, *network.image_shape))  # the scales of the weights as they are now
+        # The scales of the weights as they are now.
+        logits_NK = network(torch.zeros(2, *network.image_shape))
+    restore_convolutions(network.graph)
     graph = network.graph.graph
     for node in graph.find_nodes(op="call_function", target=_DROPOUT):
         node.replace_all_uses_with(node.args[0])
@@ -201,6 +223,9 @@ def convert_qat(prepared: QatNetwork) -> GraphModule:
     with _quiet_torchao():
         converted: GraphModule = modules["pt2e"].convert_pt2e(network.graph)
     restore_norms(converted)
+    if network.flip_average:
+        width, num_classes = network.image_shape[-1], logits_NK.shape[1]
+        average_mirrored(converted, width=width, num_classes=num_classes)
     converted.requires_grad_(False)
     return converted
 

@@ -22,7 +22,14 @@ from understudy.models.resnet import ResNet
 from understudy.models.separable import SeparableNet
 from understudy.models.strided_pointwise import guard_strided_pointwise
 
-__all__ = ["NormalizedModel", "build_network", "check_model", "check_network", "one_way"]
+__all__ = [
+    "NormalizedModel",
+    "both_ways",
+    "build_network",
+    "check_model",
+    "check_network",
+    "one_way",
+]
 
 ColorOrder = Literal["rgb", "bgr", "gray"]
 ImageShape = tuple[int, int, int]
@@ -258,28 +265,14 @@ class NormalizedModel(nn.Module):
         """Return logits_NK in the data's class order."""
         logits_NK: Tensor
         pixels_NCHW = self.normalize(images_NCHW)
-        # Quantisation-aware training captures the network in training mode.
+        # A model around this one may be captured in training mode.
         if self.flip_average and (not self.training or torch.compiler.is_exporting()):
-            logits_NK = self._both_ways(pixels_NCHW)
+            logits_NK = both_ways(self.network, pixels_NCHW)
         else:
             logits_NK = self.network(pixels_NCHW)
         if self.output_order is not None:
             logits_NK = logits_NK[:, self.output_order]
         return logits_NK
-
-    def _both_ways(self, pixels_NCHW: Tensor) -> Tensor:
-        """Return the mean logits_NK of pictures and their mirror images."""
-        torchscript: Any = torch.jit  # untyped
-        if torchscript.is_tracing():  # for ncnn, which has neither batches nor index_select
-            first_NK: Tensor = self.network(pixels_NCHW)
-            second_NK: Tensor = self.network(pixels_NCHW.flip(3))
-            return (first_NK + second_NK) / 2
-        # Not flip(): its slice with step -1 is more than the translator to C knows.
-        columns_W = torch.arange(pixels_NCHW.shape[3] - 1, -1, -1, device=pixels_NCHW.device)
-        mirrored_NCHW = pixels_NCHW.index_select(3, columns_W)
-        # One batch: an exported file holds the layers once.
-        both_MK: Tensor = self.network(torch.cat([pixels_NCHW, mirrored_NCHW]))
-        return both_MK.view(2, -1, both_MK.shape[1]).mean(dim=0)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
         """Return what the network sees, float, in the memory format of the input."""
@@ -301,6 +294,19 @@ class NormalizedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"color_order={self.color_order!r}, flip_average={self.flip_average}"
+
+
+def both_ways(network: Callable[[Tensor], Tensor], images_NCHW: Tensor) -> Tensor:
+    """Return the mean logits_NK of pictures and their mirror images."""
+    torchscript: Any = torch.jit  # untyped
+    if torchscript.is_tracing():  # for ncnn, which has neither batches nor index_select
+        return (network(images_NCHW) + network(images_NCHW.flip(3))) / 2
+    # Not flip(): its slice with step -1 is more than the translator to C knows.
+    columns_W = torch.arange(images_NCHW.shape[3] - 1, -1, -1, device=images_NCHW.device)
+    mirrored_NCHW = images_NCHW.index_select(3, columns_W)
+    # One batch: an exported file holds the layers once.
+    both_MK = network(torch.cat([images_NCHW, mirrored_NCHW]))
+    return both_MK.view(2, -1, both_MK.shape[1]).mean(dim=0)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ PyTorch's depthwise convolution is quick forward and slow backward on a CPU. The
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,41 +24,67 @@ def is_depthwise(module: nn.Module) -> bool:
 def depthwise(convolution: nn.Module, features_NCHW: Tensor) -> Tensor:
     """Return ``convolution(features_NCHW)``, by the kernels where that differs by rounding only.
 
-    That is: where ``norm_activation`` is replaced too, for a depthwise convolution of float32
-    without bias, of one output for each channel and an odd square kernel, padded to keep the sides.
+    That is: where ``norm_activation`` is replaced too, for a depthwise convolution that
+    ``conv2d_depthwise`` knows.
 
     Args:
         convolution: any module that takes the features.
         features_NCHW: of its input channels.
     """
-    if not _suits_kernels(convolution, features_NCHW):
-        result: Tensor = convolution(features_NCHW)
-        return result
-    assert isinstance(convolution, nn.Conv2d)
+    # Tools put modules of their own in this place.
+    if (
+        type(convolution) is nn.Conv2d
+        and convolution.padding_mode == "zeros"
+        and isinstance(convolution.padding, tuple)
+        and suits_kernels(features_NCHW, convolution)
+    ):
+        filtered = conv2d_depthwise(
+            features_NCHW,
+            convolution.weight,
+            convolution.bias,
+            convolution.stride,
+            convolution.padding,
+            convolution.dilation,
+            convolution.groups,
+        )
+        if filtered is not None:
+            return filtered
+    result: Tensor = convolution(features_NCHW)
+    return result
+
+
+def conv2d_depthwise(
+    features_NCHW: Tensor,
+    weight: Tensor,
+    bias_C: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor | None:
+    """Return ``torch.nn.functional.conv2d`` of the same arguments; None: nothing was done.
+
+    Done are float32 depthwise convolutions without bias, of one output for each channel and an odd
+    square kernel, padded to keep the sides, of features that suit the kernels.
+    """
+    kernel = weight.shape[-1]
+    if (
+        not 1 < groups == weight.shape[0] == features_NCHW.shape[1]
+        or bias_C is not None
+        or weight.dtype != torch.float32
+        or kernel % 2 == 0
+        or weight.shape[1:] != (1, kernel, kernel)
+        or stride[0] != stride[1]
+        or tuple(padding) != (kernel // 2, kernel // 2)
+        or tuple(dilation) != (1, 1)
+        or not suits_kernels(features_NCHW)
+        or channel_kernels() is None
+    ):
+        return None
     filtered: Tensor = _Depthwise.apply(  # type: ignore[no-untyped-call]
-        features_NCHW, convolution.weight, convolution.stride[0]
+        features_NCHW, weight, stride[0]
     )
     return filtered
-
-
-def _suits_kernels(convolution: nn.Module, features: Tensor) -> bool:
-    # Tools put modules of their own in this place.
-    if type(convolution) is not nn.Conv2d or not suits_kernels(features, convolution):
-        return False
-    kernel, stride = convolution.kernel_size[0], convolution.stride[0]
-    return (
-        is_depthwise(convolution)
-        and convolution.out_channels == convolution.in_channels == features.shape[1]
-        and convolution.bias is None
-        and convolution.weight.dtype == torch.float32
-        and kernel % 2 == 1
-        and convolution.kernel_size == (kernel, kernel)
-        and convolution.stride == (stride, stride)
-        and convolution.padding == (kernel // 2, kernel // 2)
-        and convolution.dilation == (1, 1)
-        and convolution.padding_mode == "zeros"
-        and channel_kernels() is not None
-    )
 
 
 class _Depthwise(torch.autograd.Function):

@@ -75,14 +75,45 @@ def _suits_kernels(features: Tensor, norm: nn.Module, *others: nn.Module) -> boo
     )
 
 
+def scaled_norm(
+    features_NCHW: Tensor,
+    factor_C: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    running_mean_C: Tensor,
+    running_var_C: Tensor,
+    *,
+    momentum: float,
+    eps: float,
+) -> Tensor | None:
+    """Return the norm in training of ``features_NCHW * factor_C`` without writing that product.
+
+    The running averages move as ``torch.nn.functional.batch_norm`` moves them. None: the kernels do
+    not suit these features, and nothing was done.
+    """
+    tensors = factor_C, weight_C, bias_C, running_mean_C, running_var_C
+    if any(tensor.dtype != torch.float32 for tensor in tensors):
+        return None
+    enough = features_NCHW.numel() > features_NCHW.shape[1]
+    if not enough or not suits_kernels(features_NCHW) or channel_kernels() is None:
+        return None
+    running = running_mean_C, running_var_C
+    result: Tensor = _Norm.apply(  # type: ignore[no-untyped-call]
+        features_NCHW, weight_C, bias_C, None, factor_C, running, (eps, momentum, _IDENTITY)
+    )
+    return result
+
+
 def _normalised(
     norm: nn.Module, features: Tensor, *, added_NCHW: Tensor | None, activation: int
 ) -> Tensor:
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
+    running = norm.running_mean, norm.running_var
+    settings = norm.eps, norm.momentum, activation
     result: Tensor = _Norm.apply(  # type: ignore[no-untyped-call]
-        features, norm.weight, norm.bias, added_NCHW, norm, activation
+        features, norm.weight, norm.bias, added_NCHW, None, running, settings
     )
     return result
 
@@ -95,33 +126,30 @@ class _Norm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         added: Tensor | None,
-        norm: nn.BatchNorm2d,
-        activation: int,
+        factor: Tensor | None,
+        running: tuple[Tensor, Tensor],
+        settings: tuple[float, float, int],
     ) -> Tensor:
         library = channel_kernels()
         assert library is not None
         num_channels = features.shape[1]
         result = torch.empty_like(features)
         saved = features.new_empty(3, num_channels)
-        parameters = address(weight), address(bias), address(added)
-        running = address(norm.running_mean), address(norm.running_var)
-        pointers = address(features), *parameters, *running, address(result), address(saved)
+        given = (address(tensor) for tensor in (features, factor, weight, bias, added, *running))
+        pointers = *given, address(result), address(saved)
         sizes = features.numel() // num_channels, num_channels
-        settings = norm.eps, norm.momentum, activation, torch.get_num_threads()
-        if library.norm_forward(*pointers, *sizes, *settings):
+        if library.norm_forward(*pointers, *sizes, *settings, torch.get_num_threads()):
             raise MemoryError("no memory for the batch norm's sums")
-        ctx.save_for_backward(features, bias, saved)
-        ctx.activation = activation
+        ctx.save_for_backward(features, weight, bias, factor, saved)
+        ctx.eps, _, ctx.activation = settings
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         library = channel_kernels()
         assert library is not None
-        features, bias, saved = ctx.saved_tensors
+        features, weight, bias, factor, saved = ctx.saved_tensors
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
         result = torch.empty_like(features)
         both = features.new_empty(2, features.shape[1])
@@ -133,4 +161,8 @@ class _Norm(torch.autograd.Function):
         if library.norm_backward(*inputs, *outputs, *sizes, *settings):
             raise MemoryError("no memory for the batch norm's sums")
         added_gradient = gradient if ctx.needs_input_grad[3] else None
-        return result, both[0], both[1], added_gradient, None, None
+        factor_gradient = None
+        if factor is not None and ctx.needs_input_grad[4]:
+            # A norm does not change with the scale of its input but for eps, which this is about.
+            factor_gradient = ctx.eps * weight * both[0] * (saved[2] / factor) ** 2 / factor
+        return result, both[0], both[1], added_gradient, factor_gradient, None, None

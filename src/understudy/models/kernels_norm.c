@@ -79,12 +79,14 @@ static int sums(const float *x, const float *g, const float *middle, const float
     return 0;
 }
 
-/* y = (x - mean) * slope + bias, slope = weight / sqrt(variance + eps); then its activation, or added
- * (the same shape) to it unless that is null. saved: [3][c], the mean, the slope and
- * 1 / sqrt(variance + eps). The running averages move by momentum. */
-int norm_forward(const float *x, const float *weight, const float *bias, const float *added,
-                 float *running_mean, float *running_variance, float *y, float *saved, long rows, long c, double eps,
-                 double momentum, int activation, int num_threads) {
+/* The norm of x * factor[c], or of x where factor is null: y = (x - mean) * slope + bias, slope =
+ * weight * factor / sqrt(variance * factor^2 + eps); then its activation, or added (the same shape)
+ * to it unless that is null. saved: [3][c], the mean of x, the slope and slope / weight. The running
+ * averages, of x * factor, move by momentum. */
+int norm_forward(const float *x, const float *factor, const float *weight, const float *bias,
+                 const float *added, float *running_mean, float *running_variance, float *y,
+                 float *saved, long rows, long c, double eps, double momentum, int activation,
+                 int num_threads) {
     float *mean = saved, *slope = saved + c, *inverse = saved + 2 * c;
     double *totals = malloc(sizeof(double) * 2 * c);
     /* About the first row: the squares of what is far from zero would cancel. */
@@ -94,12 +96,14 @@ int norm_forward(const float *x, const float *weight, const float *bias, const f
     }
     for (long k = 0; k < c; k++) {
         double offset = totals[k] / rows;
-        double variance = totals[c + k] / rows - offset * offset;
+        double by = factor ? factor[k] : 1;
+        double variance = (totals[c + k] / rows - offset * offset) * by * by;
         variance = variance < 0 ? 0 : variance;
         mean[k] = (float)(x[k] + offset);
-        inverse[k] = (float)(1 / sqrt(variance + eps));
+        inverse[k] = (float)(by / sqrt(variance + eps));
         slope[k] = weight[k] * inverse[k];
-        running_mean[k] = (float)(running_mean[k] * (1 - momentum) + momentum * (x[k] + offset));
+        running_mean[k] =
+            (float)(running_mean[k] * (1 - momentum) + momentum * (x[k] + offset) * by);
         running_variance[k] = (float)(running_variance[k] * (1 - momentum) +
                                       momentum * variance * rows / (rows - 1));
     }

@@ -61,7 +61,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "weight_gradient": (_INT, _GRADIENT),
     "weight_gradient_few": (_INT, _GRADIENT),
     "leaky_dropout": (None, [_POINTER] * 3 + [_LONG, _INT, _MASK]),
-    "norm_forward": (_INT, [_POINTER] * 8 + [_LONG] * 2 + [_DOUBLE] * 2 + [_INT] * 2),
+    "norm_forward": (_INT, [_POINTER] * 9 + [_LONG] * 2 + [_DOUBLE] * 2 + [_INT] * 2),
     "norm_backward": (_INT, [_POINTER] * 7 + [_LONG] * 2 + [_INT] * 2),
     "depthwise": (_INT, _DEPTHWISE),
     "depthwise_back": (_INT, _DEPTHWISE),

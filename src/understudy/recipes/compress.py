@@ -113,6 +113,8 @@ def run_step(run: Run, number: int, step: PruneStep | QuantizeStep, state: State
     section |= {"step": step.model_dump(mode="json"), "gates": gates.model_dump(mode="json")}
     if isinstance(step, QuantizeStep):
         section["largest_weight"] = WEIGHT_MAX
+        if step.method == "aware" and run.recipe.student.flip_average:
+            section["learns_from"] = "one way"  # and not from the mean of both, as it once did
     parents = {state.record.kind: state.record.hash}
     parents["evaluation"] = run.parent("evaluation", "evaluate").hash
     stage = run.begin(kind, section=section, parents=parents)

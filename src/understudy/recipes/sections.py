@@ -193,7 +193,7 @@ class StudentSection(Section):
         Field(
             description="Average the logits of the picture and its mirror image, in evaluation and "
             "in every file that is made: twice the multiply-adds, no weights. Training sees one of "
-            "the two at a time and costs the same; quantisation-aware training sees both. For "
-            "pictures whose mirror image has the same class."
+            "the two at a time and costs the same, quantisation-aware training too. For pictures "
+            "whose mirror image has the same class."
         ),
     ] = False
