@@ -20,6 +20,7 @@ from understudy.recipes.networks import build_model
 from understudy.recipes.rank_probe import sharing
 from understudy.recipes.run import Run
 from understudy.recipes.sections import ModelSection
+from understudy.runtime import keep_freed_memory
 from understudy.train.optimization import build_optimizer
 
 NUM_TIMED_STEPS = 3
@@ -134,6 +135,7 @@ def timed(run: Run, candidate: Candidate, folder: Path) -> Candidate:
 
 def step_ms(run: Run, model: NormalizedModel) -> float:
     """Return the time of one training step on the recipe's batch, the least of a few."""
+    keep_freed_memory()  # as every training does
     settings, source = run.recipe.training, run.source
     batch_N = run.splits.train[: settings.batch_size]
     images, labels_N = source.images(batch_N), source.labels_N[batch_N].clamp(min=0)

@@ -21,7 +21,7 @@ WIDTHS = (8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256)
 def drawn_architectures(
     families: tuple[str, ...], *, seed: int, side: int, largest: int = WIDTHS[-1]
 ) -> Iterator[Architecture]:
-    """Yield architectures without end, families in turn, none twice in a row of draws.
+    """Yield architectures without end, families in turn; one may come again.
 
     The n-th one is a function of seed and n alone.
 
@@ -67,17 +67,19 @@ def separable(generator: random.Random, side: int, largest: int) -> dict[str, An
 
 
 def inverted(generator: random.Random, side: int, largest: int) -> dict[str, Any]:
-    """Draw an inverted residual network: stages of equal blocks, some run more than once."""
+    """Draw an inverted residual network: stages of like blocks, some run more than once."""
     num_stages = generator.randint(2, 4)
     stem, *widths = growing_widths(generator, num_stages + 1, largest=min(96, largest))
     strides = strides_of(generator, num_stages, side)
     blocks = []
-    for width, stride in zip(widths, strides, strict=True):
+    for before, width, stride in zip([stem, *widths], widths, strides, strict=False):
         expansion = generator.choice((1, 1, 2, 3))
-        kernel = generator.choice((3, 3, 5))
+        # What the first block does to a stage is another matter than what the others do in it.
+        first_kernel, kernel = generator.choice((3, 3, 5)), generator.choice((3, 3, 5))
         depth = generator.randint(1, 4)
-        passes = generator.choice((1, 1, 2, 3))
-        blocks.append([width, stride, expansion, kernel])
+        passes = generator.choice((1, 1, 2, 3, 4))
+        keeps_shape = stride == 1 and width == before
+        blocks.append([width, stride, expansion, first_kernel, passes if keeps_shape else 1])
         blocks += [[width, 1, expansion, kernel, passes] for _ in range(depth - 1)]
     return {
         "stem": [stem, 1],

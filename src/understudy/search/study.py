@@ -152,7 +152,8 @@ def make_sampler(plan: SearchPlan, number: int) -> optuna.samplers.BaseSampler:
             warnings.simplefilter("ignore")
             return samplers.PartialFixedSampler(point, samplers.RandomSampler(seed=seed))
     if plan.sampler == "tpe":
-        return samplers.TPESampler(seed=seed)
+        # What others are trying counts as poor, or workers would try nearly the same.
+        return samplers.TPESampler(seed=seed, constant_liar=True)
     if plan.sampler == "nsga2":
         return samplers.NSGAIISampler(seed=seed)
     return samplers.RandomSampler(seed=seed)
