@@ -38,7 +38,9 @@ def paper(
     rates: Annotated[
         list[float] | None, typer.Option("--rates", help="Of dropout. Default: 0 0.1 0.2 0.3 0.5.")
     ] = None,
-    dropout: Annotated[float, typer.Option("--dropout", help="The paper states none.")] = 0.5,
+    dropout: Annotated[
+        float, typer.Option("--dropout", help="The paper states none. Each has its own Table 6.")
+    ] = 0.5,
     teacher: Annotated[
         str | None,
         typer.Option("--teacher", metavar="NAME=FILE", help="Pretrained, as resnet56=FILE."),
@@ -56,8 +58,9 @@ def paper(
     """Lin and Shen 2024, "Efficient Knowledge Distillation": tables and figures beside ours."""
     check_epochs(epochs, grid_epochs, dropout)
     section = teacher_section(teacher, vit)
-    from understudy.lab.paper import ITEMS, Lab, run_items
+    from understudy.lab.paper import ITEMS, Lab
     from understudy.lab.paper_recipes import DROPOUT_RATES, TEACHER_LAYERS, Setting
+    from understudy.lab.paper_records import run_items
     from understudy.lab.paper_views import paper_document
     from understudy.report.document import document_markdown, write_document
 
@@ -100,7 +103,12 @@ def check_epochs(epochs: int, grid_epochs: int | None, dropout: float) -> None:
 def teacher_section(teacher: str | None, vit: str | None) -> dict[str, Any] | None:
     """Return the pretrained teacher as a recipe writes it; None where none is named."""
     if vit is not None:
-        return {"model": {"name": f"transformers:{vit}"}}
+        from understudy.models.foreign import stated_normalization
+
+        transformer: dict[str, Any] = {"name": f"transformers:{vit}"}
+        if (normalization := stated_normalization(Path(vit))) is not None:
+            transformer["normalization"] = normalization
+        return {"model": transformer}
     if teacher is None:
         return None
     name, equals, path = teacher.partition("=")

@@ -1,6 +1,7 @@
 """The paper's lab: counts, trainings that go on, items that are kept, the page, wrong input."""
 
 import copy
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -14,13 +15,16 @@ from understudy.lab.paper_readings import (
     reading_of_accuracy,
     reading_of_dropout,
     reading_of_grid,
+    reading_of_online,
     reading_of_pretrained,
+    slopes,
 )
 from understudy.lab.paper_recipes import Setting, alone, distilled, online, pretrained
 from understudy.lab.paper_values import ACCURACIES, OPERATORS, PARAMETERS, SECONDS
-from understudy.lab.paper_views import PARTS, TITLES, paper_document
+from understudy.lab.paper_views import PARTS, TITLES, paper_document, provenance
+from understudy.lab.timings import gpu_of
 from understudy.recipes.schema import parse_recipe
-from understudy.report.document import document_html, document_markdown
+from understudy.report.document import Grid, document_html, document_markdown
 from understudy.report.formats import plain
 
 
@@ -121,7 +125,24 @@ def test_readings_follow_from_the_numbers():
     assert "is a rate of 0.3: 53.00 %" in plain(reading_of_dropout(rates))
     assert "not to be told" in reading_of_dropout({"0": curve(0.6), "0.3": curve(0.5)})
     told = reading_of_grid("distillation.temperature", [(1.0, curve(0.6)), (5.0, curve(0.5))])
-    assert told.startswith("Best on validation: 1; within chance of it: 1.")
+    assert told[0].startswith("Best on validation: 1; within chance of it: 1.")
+    assert told[1].startswith("1 of 100 epochs: too few to tell")
+
+
+def test_curves_are_said_to_rise_or_not_where_they_are_short():
+    [told] = slopes([curve(0.3, 0.4, 0.5), curve(0.5, 0.4, 0.3)])
+    assert "3 of 100 epochs: over the last two, 1 of 2 curves still rose" in told
+    assert told.endswith("with --epochs 100 goes on from here.")
+    [anew] = slopes([curve(0.3, 0.4, 0.5)], anew=True)
+    assert anew.endswith("with --epochs 100 --grid-epochs 100 trains all anew.")
+    assert slopes([curve(*[0.5] * 100)]) == ()
+    payload = {
+        "curve": curve(0.3, 0.4, 0.5),
+        "offline_curve": curve(0.3, 0.4, 0.39),
+        "epoch_seconds": 2.0,
+        "offline_epoch_seconds": 1.0,
+    }
+    assert "2 of 2 curves still rose" in reading_of_online(payload)[-1]
 
 
 def test_tables_of_the_paper_are_whole():
@@ -143,23 +164,79 @@ def test_networks_of_table_6_without_a_result_are_named_as_not_run():
         name: {"curve": curve(0.3, 0.4), "epoch_seconds": 2.0, "inference_seconds": 1.0}
         for name in ("Student", "Teacher 6", "TS 6")
     }
-    told, accuracies, *_ = PARTS["accuracy"]({"networks": networks})
+    told, accuracies, *_ = PARTS["accuracy"]({"networks": networks, "dropout": 0.3})
     assert "Not run: Teacher 4, Teacher 8, TS 4, TS 8." in told
-    assert "--layers 6 --layers 4 --layers 8" in told
+    assert "--dropout 0.3 --layers 6 --layers 4 --layers 8" in told
     assert {row[0] for row in accuracies.rows if row[2] == "not run"} == {
         "Teacher 4", "Teacher 8", "TS 4", "TS 8"
     }  # fmt: skip
     every = dict.fromkeys(ACCURACIES, networks["Student"])
-    assert not any(isinstance(part, str) for part in PARTS["accuracy"]({"networks": every}))
+    whole = PARTS["accuracy"]({"networks": every, "dropout": 0.3})
+    assert not any(isinstance(part, str) for part in whole)
+
+
+def test_seconds_of_a_gpu_are_marked_and_have_no_ratio_to_the_papers():
+    on_cpu = {"curve": curve(0.3), "epoch_seconds": 10.0, "inference_seconds": 1.0, "gpu": None}
+    networks = {"Student": on_cpu, "Teacher 6": on_cpu | {"gpu": "NVIDIA H200"}}
+    parts = PARTS["accuracy"]({"networks": networks, "dropout": 0.5})
+    [times] = [part for part in parts if isinstance(part, Grid) and "Faster" in part.titles]
+    rows = {row[0]: row for row in times.rows}
+    assert rows["Student"][2:4] == ("10.0 s", "6.3×")
+    assert rows["Teacher 6"][2:4] == ("10.0 s (GPU)", "")
+    assert rows["Teacher 6"][6] == "60.2×"  # inference is timed on the processor
+    assert "trained on NVIDIA H200, so without a ratio" in times.caption
+    student = PARTS["accuracy"]({"networks": {"Student": on_cpu}, "dropout": 0.5})
+    assert not any("GPU" in part.caption for part in student if isinstance(part, Grid))
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "hardware", "gpu"),
+    [
+        ("cpu", {"gpu": "NVIDIA H200"}, None),
+        ("auto", {"gpu": "NVIDIA H200"}, "NVIDIA H200"),
+        ("auto", {}, None),
+    ],
+)
+def test_the_processor_of_a_training_is_what_its_record_says(accelerator, hardware, gpu):
+    recipe = {"device": {"accelerator": accelerator}}
+    record = Record(kind="teacher", key="k", seed=0, payload={}, recipe=recipe, hardware=hardware)
+    assert gpu_of(record) == gpu
+
+
+def test_the_page_says_what_an_item_ran_on():
+    setting = asdict(Setting("cifar10", threads=None, accelerator="cuda"))
+    hardware = {"processor": "EPYC", "gpu": "NVIDIA H200"}
+
+    def told(kind, payload=None):
+        return provenance(
+            Record(
+                kind=kind, key="k", seed=3, payload=payload or {}, recipe={"setting": setting},
+                hardware=hardware, versions={"torch": "2"}, created="2026-01-01T00:00:00+00:00",
+            )
+        )  # fmt: skip
+
+    date = "Run 1 January 2026, 00:00 UTC: "
+    device = "trained with accelerator cuda (NVIDIA H200), EPYC, threads all, torch 2."
+    assert told("lab-online") == f"{date}seed 3, dropout 0.5, {device}"
+    assert told("lab-dropout") == f"{date}seed 3, {device}"
+    assert told("lab-operators") == f"{date}EPYC, threads 1, torch 2."
+    setting["accelerator"] = "cpu"
+    assert told("lab-online") == f"{date}seed 3, dropout 0.5, EPYC, threads all, torch 2."
 
 
 def test_a_teacher_that_is_not_sure_is_not_called_nearly_labels():
-    payload = {"epoch_seconds": 2.0, "label_seconds": 2.0, "teacher_accuracy": 0.9}
+    payload = {
+        "epoch_seconds": 2.0,
+        "label_seconds": 2.0,
+        "teacher_accuracy": 0.9,
+        "curve": curve(0.5),
+    }
     sure = reading_of_pretrained(payload | {"teacher_confidence": 0.999})
     unsure = reading_of_pretrained(payload | {"teacher_confidence": 0.7})
-    assert "nearly the labels" in sure
-    assert "not told apart" in sure
-    assert unsure.endswith("training pictures is 0.7000.")
+    assert "would take 2.0 times as long" in sure[0]
+    assert "nearly the labels" in sure[1]
+    assert "not told apart" in sure[1]
+    assert unsure[1].endswith("training pictures is 0.7000.")
 
 
 def test_the_command_keeps_what_it_has_done(warm, tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from understudy.errors import CheckpointError, MissingExtraError, ModelError
 from understudy.models.build import NormalizedModel, build_network
 from understudy.models.catalog import CATALOG
+from understudy.models.foreign import stated_normalization
 
 SHAPE = (3, 8, 8)
 
@@ -175,6 +176,66 @@ def test_transformers_models_from_a_local_folder(tmp_path: Path) -> None:
         build_network(name, num_classes=4, image_shape=SHAPE)
     with pytest.raises(ModelError, match="could not load"):
         build_network(f"transformers:{tmp_path / 'no'}", num_classes=4, image_shape=SHAPE)
+
+
+def tiny_vit(transformers: types.ModuleType) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=64,
+        patch_size=16,
+        num_labels=5,
+    )
+    return transformers.ViTForImageClassification(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+def test_transformers_get_pictures_of_the_size_that_they_ask_for(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    classifier = tiny_vit(transformers)
+    classifier.save_pretrained(tmp_path / "vit")
+    name, shape = f"transformers:{tmp_path / 'vit'}", (3, 32, 32)
+    network = build_network(name, num_classes=5, image_shape=shape).eval()
+    small, large = torch.randn(3, *shape), torch.randn(3, 3, 64, 64)
+    resized = nn.functional.interpolate(small, (64, 64), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(network(small), classifier(resized).logits)
+    assert torch.equal(network(large), classifier(large).logits)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(
+        network,
+        (small,),
+        tmp_path / "vit.onnx",
+        input_names=["images"],
+        dynamic_shapes={"images_NCHW": {0: torch.export.Dim("batch")}},
+        dynamo=True,
+        verbose=False,
+    )
+    (logits,) = onnxruntime.InferenceSession(tmp_path / "vit.onnx").run(
+        None, {"images": small[:2].numpy()}
+    )
+    torch.testing.assert_close(torch.from_numpy(logits), network(small[:2]), rtol=0, atol=1e-5)
+
+
+def test_a_folder_of_transformers_states_its_normalisation(tmp_path: Path) -> None:
+    path = tmp_path / "preprocessor_config.json"
+    assert stated_normalization(tmp_path) is None
+    path.write_text('{"image_mean": [0.5, 0.4], "image_std": [0.2, 0.25]}')
+    assert stated_normalization(tmp_path) == {"mean": [0.5, 0.4], "std": [0.2, 0.25]}
+    path.write_text('{"image_mean": [1, 1], "image_std": [1, 2], "rescale_factor": 0.00784313725}')
+    found = stated_normalization(tmp_path)
+    assert found is not None
+    assert found["mean"] == pytest.approx([0.5, 0.5])
+    assert found["std"] == pytest.approx([0.5, 1])
+    path.write_text('{"do_normalize": false, "image_mean": [0.5, 0.5], "image_std": [0.2, 0.2]}')
+    assert stated_normalization(tmp_path) == {"mean": [0, 0], "std": [1, 1]}
+    path.write_text('{"size": 224}')
+    assert stated_normalization(tmp_path) is None
+    path.write_text("[1")
+    with pytest.raises(ModelError, match="cannot be read"):
+        stated_normalization(tmp_path)
 
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)

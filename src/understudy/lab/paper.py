@@ -1,22 +1,22 @@
 """``understudy lab paper``: the paper's tables and figures, each an item that is run by itself.
 
-An item's result is a record in the lab folder, keyed by what it depends on; the trainings are
-ordinary runs. So the lab may be stopped at any moment, and go on another day, also to more epochs.
+The trainings are ordinary runs in the lab's folder. So the lab may be stopped at any moment, and go
+on another day, also to more epochs.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from understudy import stages
-from understudy.artifacts import Record, exclusive, reusable_record, stage_key
+from understudy.artifacts import Record, content_hash, file_hash
 from understudy.data.sources import ImageSource
 from understudy.errors import InputError, problem
 from understudy.evaluate.accuracy import predict_logits
@@ -35,13 +35,10 @@ from understudy.lab.paper_recipes import (
     online,
     pretrained,
 )
+from understudy.lab.timings import gpu_of, inference_seconds, labelling_seconds
 from understudy.models.build import build_network
-from understudy.progress import log
-from understudy.recipes.check import check_folder
 from understudy.recipes.job import open_run
 from understudy.recipes.networks import trained_model
-
-NUM_TIMED = 2000
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,11 @@ def accuracy(lab: Lab) -> dict[str, Any]:
     found["Student"] = told(trainings.on_labels(student, folder), student, folder, "teacher")
     for layers in lab.layers:
         found |= teacher_and_student(lab, layers)
-    return {"networks": found}
+    return {
+        "networks": found,
+        "dropout": setting.dropout,
+        "num_samples": Record.load(folder / "split").payload["num_samples"],
+    }
 
 
 def teacher_and_student(lab: Lab, layers: int) -> dict[str, Any]:
@@ -177,29 +178,18 @@ def teacher_and_student(lab: Lab, layers: int) -> dict[str, Any]:
         f"Teacher {layers}": told(teacher, recipe, folder, "teacher"),
         f"TS {layers}": told(student, recipe, folder, "student"),
     }
-    both[f"TS {layers}"]["label_seconds"] = labels.timing["stage_seconds"]
+    both[f"TS {layers}"]["label_seconds"] = labelling_seconds(labels)
     return both
 
 
 def told(record: Record, recipe: Mapping[str, Any], folder: Path, role: str) -> dict[str, Any]:
-    """Return curve and times of one training."""
+    """Return curve and times of one training, and the GPU that it ran on, if any."""
     return {
         "curve": trainings.curve(record),
         "epoch_seconds": statistics.median(trainings.seconds(record)),
         "inference_seconds": inference_seconds(recipe, folder, role, record),
+        "gpu": gpu_of(record),
     }
-
-
-def inference_seconds(recipe: Mapping[str, Any], folder: Path, role: str, record: Record) -> float:
-    """Return the time of 10,000 pictures in batches of 100, from a pass over up to 2,000."""
-    run = open_run(recipe, out=folder)
-    model = trained_model(run, role, record).eval()
-    indices_N = run.splits.validation[:NUM_TIMED]
-    with torch.inference_mode():
-        predict_logits(model, run.source, indices_N[:200])
-        started = time.perf_counter()
-        predict_logits(model, run.source, indices_N)
-    return (time.perf_counter() - started) * 10_000 / len(indices_N)
 
 
 def dropout(lab: Lab) -> dict[str, Any]:
@@ -288,7 +278,8 @@ def pretrained_figure(lab: Lab) -> dict[str, Any]:
                 mend="For example --teacher resnet56=resnet56.th.",
             )
         )
-    recipe, folder = pretrained(lab.setting, lab.teacher), lab.run_folder("pretrained")
+    recipe = pretrained(lab.setting, lab.teacher)
+    folder = lab.run_folder(f"pretrained-{teacher_tag(lab.teacher)}")
     record = trainings.distilled(recipe, folder)
     run = open_run(recipe, out=folder)
     teacher = trained_model(run, "teacher", Record.load(folder / "teacher"))
@@ -301,8 +292,20 @@ def pretrained_figure(lab: Lab) -> dict[str, Any]:
         "teacher_confidence": record.payload.get("teacher_confidence"),
         "curve": trainings.curve(record),
         "epoch_seconds": statistics.median(trainings.seconds(record)),
-        "label_seconds": Record.load(folder / "labels").timing["stage_seconds"],
+        "label_seconds": labelling_seconds(Record.load(folder / "labels")),
     }
+
+
+def teacher_tag(teacher: Mapping[str, Any]) -> str:
+    """Return a name for the folder of a teacher's student, with a hash of model and weights.
+
+    Another teacher in the same folder would be trained over the first one's student.
+    """
+    model, checkpoint = teacher["model"], teacher.get("checkpoint")
+    if checkpoint is not None and Path(checkpoint).is_file():
+        checkpoint = file_hash(Path(checkpoint))  # wherever the file lies
+    name = re.sub(r"\W+", "-", Path(model["name"]).name)
+    return f"{name}-{content_hash([model, checkpoint])[:8]}"
 
 
 ITEMS: dict[str, Callable[[Lab], dict[str, Any]]] = {
@@ -315,68 +318,6 @@ ITEMS: dict[str, Callable[[Lab], dict[str, Any]]] = {
     "alpha": alpha,
     "temperature": temperature,
 }
-
-
-def run_items(lab: Lab, names: Sequence[str]) -> dict[str, Record]:
-    """Run items that are not finished; return the records of all that are in the folder."""
-    unknown = [name for name in names if name not in ITEMS]
-    if unknown:
-        raise InputError(
-            problem(
-                f"--only {', '.join(unknown)}",
-                expected=f"some of {', '.join(ITEMS)}",
-                mend="Correct it, or leave --only out to run all.",
-            )
-        )
-    if problems := check_folder(lab.folder):
-        raise InputError(*problems)
-    with exclusive(lab.folder):
-        for name in names:
-            run_item(lab, name)
-    return finished_items(lab)
-
-
-def run_item(lab: Lab, name: str) -> Record:
-    """Return the record of an item, running it unless it is finished with this setting."""
-    folder, section = lab.folder / name, {"setting": asdict(lab.setting), **asked_of(lab, name)}
-    key = stage_key(f"lab-{name}", section, {})
-    record = reusable_record(folder, key)
-    if record is not None:
-        log.info("lab %s: unchanged, reused", name)
-        return record
-    log.info("lab %s: started", name)
-    started = time.monotonic()
-    payload = ITEMS[name](lab)
-    return Record(
-        kind=f"lab-{name}",
-        key=key,
-        seed=lab.setting.seed,
-        payload=payload,
-        recipe=section,
-        timing={"seconds": time.monotonic() - started},
-    ).save(folder)
-
-
-def asked_of(lab: Lab, name: str) -> dict[str, Any]:
-    """Return what an item depends on besides the setting."""
-    if name == "pretrained":
-        return {"teacher": lab.teacher}
-    if name == "dropout":
-        return {"grid_epochs": lab.grid_epochs, "rates": list(lab.rates)}
-    if name in ("alpha", "temperature"):
-        return {"grid_epochs": lab.grid_epochs}
-    return {"layers": list(lab.layers)} if name == "accuracy" else {}
-
-
-def finished_items(lab: Lab) -> dict[str, Record]:
-    """Return the records that the folder holds, whatever setting they are of."""
-    found = {}
-    for name in ITEMS:
-        try:
-            found[name] = Record.load(lab.folder / name)
-        except InputError:
-            continue
-    return found
 
 
 def source_of(lab: Lab) -> ImageSource:

@@ -50,9 +50,7 @@ def reading_of_accuracy(networks: Mapping[str, Any]) -> tuple[str, ...]:
             f"The best distilled student is {best} (paper: TS 6); the students differ by "
             f"{fixed(100 * spread, 2)} points, where the paper's differ by 6.65."
         )
-    epochs = int(next(iter(networks.values()))["curve"][-1][0])
-    if epochs < EPOCHS:
-        told.append(slopes(networks, epochs))
+    told += slopes([item["curve"] for item in networks.values()])
     return tuple(told)
 
 
@@ -61,18 +59,24 @@ def paper_gain(name: str) -> float:
     return ACCURACIES[name][1] - ACCURACIES["Student"][1]
 
 
-def slopes(networks: Mapping[str, Any], epochs: int) -> str:
-    """Return whether the curves were still rising where they were stopped."""
-    rising = [
-        name
-        for name, item in networks.items()
-        if len(item["curve"]) > 2 and last(item["curve"]) > item["curve"][-3][2]
-    ]
-    return (
-        f"{epochs} of {EPOCHS} epochs: over the last two, {len(rising)} of {len(networks)} curves "
-        "still rose. The numbers are a part of the curve and no contradiction of its end; the same "
-        f"command with --epochs {EPOCHS} goes on from here."
-    )
+def slopes(curves: Sequence[Curve], *, anew: bool = False) -> tuple[str, ...]:
+    """Return whether curves were still rising where they were stopped; nothing for whole ones.
+
+    ``anew``: more epochs begin with the first one again.
+    """
+    epochs = int(min(curve[-1][0] for curve in curves))
+    if epochs >= EPOCHS:
+        return ()
+    told = f"{epochs} of {EPOCHS} epochs: "
+    if epochs < 3:
+        told += "too few to tell whether the curves still rise. "
+    else:
+        rising = sum(last(curve) > curve[-3][2] for curve in curves)
+        told += f"over the last two, {rising} of {len(curves)} curves still rose. "
+    told += "The numbers are a part of the curve and no contradiction of its end; the same command "
+    if anew:
+        return (told + f"with --epochs {EPOCHS} --grid-epochs {EPOCHS} trains all anew.",)
+    return (told + f"with --epochs {EPOCHS} goes on from here.",)
 
 
 def reading_of_dropout(curves: Mapping[str, Curve]) -> str:
@@ -92,46 +96,73 @@ def reading_of_dropout(curves: Mapping[str, Curve]) -> str:
     return f"Nearest to the paper's {percent(theirs)} is a rate of {near}: {ours}."
 
 
-def reading_of_online(payload: Mapping[str, Any]) -> str:
+def reading_of_online(payload: Mapping[str, Any]) -> tuple[str, ...]:
     """Return which way was better and which one faster."""
     gain = last(payload["curve"]) - last(payload["offline_curve"])
     ratio = payload["epoch_seconds"] / payload["offline_epoch_seconds"]
     noise = ", within chance" if abs(gain) < NOISE else ""
-    return (
+    told = (
         f"Online against offline: {points(gain)}{noise} (the paper: offline is better). Its "
         f"time is {fixed(ratio, 2)} of offline's (paper: 0.94)."
     )
+    return (told, *slopes([payload["curve"], payload["offline_curve"]]))
 
 
-def reading_of_pretrained(payload: Mapping[str, Any]) -> str:
-    """Return what the store saves, and what there is of a capacity gap."""
-    ratio = (payload["epoch_seconds"] + payload["label_seconds"]) / payload["epoch_seconds"]
-    told = (
+def seconds_with_teacher(payload: Mapping[str, Any]) -> float | None:
+    """Return the seconds of an epoch that runs the teacher; None: its pass was not measured."""
+    if payload["label_seconds"] is None:
+        return None
+    seconds: float = payload["epoch_seconds"] + payload["label_seconds"]
+    return seconds
+
+
+def reading_of_pretrained(payload: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the store saves, what there is of a capacity gap, and where the curve ends."""
+    return (reading_of_store(payload), *reading_of_gap(payload), *slopes([payload["curve"]]))
+
+
+def reading_of_store(payload: Mapping[str, Any]) -> str:
+    """Return what the store of outputs saves."""
+    whole = seconds_with_teacher(payload)
+    if whole is None:
+        return (
+            "What the store saves was not measured: it had the teacher's outputs already. A new "
+            "UNDERSTUDY_HOME and --out measure it."
+        )
+    return (
         f"By these two timings, taken one after the other, an epoch without the store would take "
-        f"{fixed(ratio, 1)} times as long. "
+        f"{fixed(whole / payload['epoch_seconds'], 1)} times as long."
     )
+
+
+def reading_of_gap(payload: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what the teacher's own numbers say of what its student can learn."""
+    told = []
     if payload["teacher_accuracy"] > SEEN_BEFORE:
-        told += "The teacher's own training seems to have had these validation pictures. "
+        told.append("The teacher's own training seems to have had these validation pictures.")
     confidence = payload.get("teacher_confidence")
     if confidence is None:
-        return told.strip()
-    told += f"The teacher's mean confidence on the training pictures is {fixed(confidence, 4)}"
-    if confidence <= NEARLY_LABELS:
-        return told + "."
-    return told + (
-        ": at temperature 1 its outputs are nearly the labels. That, rather than its size, may be "
-        "what limits its student; no other temperature was tried, so the two are not told apart."
-    )
+        return tuple(told)
+    sentence = f"The teacher's mean confidence on the training pictures is {fixed(confidence, 4)}"
+    if confidence > NEARLY_LABELS:
+        sentence += (
+            ": at temperature 1 its outputs are nearly the labels. That, rather than its size, may "
+            "be what limits its student; no other temperature was tried, so the two are not told "
+            "apart"
+        )
+    return (*told, f"{sentence}.")
 
 
-def reading_of_grid(path: str, found: Sequence[tuple[float, Curve]]) -> str:
-    """Return where the best value lies, and whether it stands out."""
+def reading_of_grid(path: str, found: Sequence[tuple[float, Curve]]) -> tuple[str, ...]:
+    """Return where the best value lies, whether it stands out, and where the curves end."""
     if not found:
-        return "No point is complete."
+        return ("No point is complete.",)
     best, curve = max(found, key=lambda item: last(item[1]))
     close = [f"{value:g}" for value, other in found if last(curve) - last(other) < NOISE]
     told = f"Best on validation: {best:g}; within chance of it: {', '.join(close)}. "
     if path.endswith("temperature"):
         low, high = STABLE_TEMPERATURES
-        return told + f"The paper finds {low:g} to {high:g} stable and a sharp decline outside."
-    return told + f"The paper's best is {BEST_ALPHA:g}, by training accuracy."
+        told += f"The paper finds {low:g} to {high:g} stable and a sharp decline outside."
+    else:
+        told += f"The paper's best is {BEST_ALPHA:g}, by training accuracy."
+    return (told, *slopes([curve for _, curve in found], anew=True))

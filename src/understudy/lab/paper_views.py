@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from understudy.artifacts import Record
 from understudy.lab.paper import ITEMS
-from understudy.lab.paper_readings import (
-    reading_of_accuracy,
-    reading_of_dropout,
-    reading_of_grid,
-    reading_of_online,
-    reading_of_pretrained,
+from understudy.lab.paper_figures import (
+    alpha_parts,
+    curves_chart,
+    dropout_parts,
+    online_parts,
+    pretrained_parts,
+    temperature_parts,
 )
+from understudy.lab.paper_readings import reading_of_accuracy
+from understudy.lab.paper_records import Records
 from understudy.lab.paper_values import (
     ACCURACIES,
     EPOCHS,
-    OFFLINE_HOURS,
-    ONLINE_HOURS,
     OPERATORS,
     PARAMETERS,
-    PRETRAINED_ACCURACY,
-    PRETRAINED_SECONDS,
     SECONDS,
 )
 from understudy.report.charts import Chart
@@ -40,19 +40,14 @@ TITLES = {
     "alpha": "The weight of the teacher (Figure 3)",
     "temperature": "The temperature (Figure 4)",
 }
-COLOURS = ("@student", "@teacher", "@control", "@accent", "@muted")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
-def paper_document(records: Mapping[str, Record]) -> Document:
+def paper_document(records: Records) -> Document:
     """Return the page: every number beside the paper's; what was not run says how to run it."""
-    chapters = []
+    chapters: list[Chapter] = []
     for name in ITEMS:
-        record = records.get(name)
-        parts = not_run(name) if record is None else PARTS[name](record.payload)
-        if record is not None:
-            parts = (*parts, provenance(record))
-        chapters.append(Chapter(TITLES[name], parts))
+        found = records.get(name, ())
+        chapters += chapters_of(name, found) if found else [Chapter(TITLES[name], not_run(name))]
     return Document(
         eyebrow="lab",
         title=TITLE,
@@ -63,17 +58,40 @@ def paper_document(records: Mapping[str, Record]) -> Document:
     )
 
 
-def headline(records: Mapping[str, Record]) -> str:
-    """Return how far the reproduction is, in a sentence."""
-    record = records.get("accuracy")
-    if record is None:
+def chapters_of(name: str, records: Sequence[Record]) -> list[Chapter]:
+    """Return the chapter of every record of an item."""
+    chapters = []
+    for number, record in enumerate(records):
+        title, parts = TITLES[name], PARTS[name](record.payload)
+        if len(records) > 1:
+            title += f", dropout {record.recipe['setting']['dropout']:g}"
+            # A chart's name is its address in the page.
+            parts = tuple(
+                replace(part, name=f"{part.name}-{number}") if isinstance(part, Chart) else part
+                for part in parts
+            )
+        chapters.append(Chapter(title, (*parts, provenance(record))))
+    return chapters
+
+
+def headline(records: Records) -> str:
+    """Return how far the reproduction is, in a sentence for each dropout rate."""
+    found = records.get("accuracy", ())
+    if not found:
         return "The trainings were not run yet."
-    epochs = record.recipe["setting"]["num_epochs"]
-    num = len(record.payload["networks"])
-    told = f"{num} networks of the paper, {epochs} of its {EPOCHS} epochs each."
-    if epochs < EPOCHS:
-        told += " Fewer epochs do not reach the paper's numbers: compare the curves and the order."
-    return told
+    told = []
+    for record in found:
+        setting, num = record.recipe["setting"], len(record.payload["networks"])
+        rate = f" with dropout {setting['dropout']:g}" if len(found) > 1 else ""
+        told.append(
+            f"{num} networks of the paper{rate}, {setting['num_epochs']} of its {EPOCHS} epochs "
+            "each."
+        )
+    if any(record.recipe["setting"]["num_epochs"] < EPOCHS for record in found):
+        told.append(
+            "Fewer epochs do not reach the paper's numbers: compare the curves and the order."
+        )
+    return " ".join(told)
 
 
 def not_run(name: str) -> tuple[Part, ...]:
@@ -83,16 +101,19 @@ def not_run(name: str) -> tuple[Part, ...]:
 
 def provenance(record: Record) -> str:
     """Return when, on what and with which setting an item was run."""
-    setting = record.recipe["setting"]
-    trained = record.kind not in ("lab-parameters", "lab-operators")
-    how = f"seed {record.seed}, "
-    if record.kind != "lab-dropout":
-        how += f"dropout {setting['dropout']:g}, "
-    machine = record.hardware.get("processor", "unknown machine")
-    return (
-        f"Run {moment(record.created)}: {how if trained else ''}{machine}, "
-        f"threads {setting['threads'] or 'all'}, torch {record.versions.get('torch', '?')}."
-    )
+    setting, facts = record.recipe["setting"], []
+    if record.kind not in ("lab-parameters", "lab-operators"):
+        facts.append(f"seed {record.seed}")
+        if record.kind != "lab-dropout":
+            facts.append(f"dropout {setting['dropout']:g}")
+        if (accelerator := setting.get("accelerator", "cpu")) != "cpu":
+            gpu = record.hardware.get("gpu", "no GPU found")
+            facts.append(f"trained with accelerator {accelerator} ({gpu})")
+    facts.append(record.hardware.get("processor", "unknown machine"))
+    # The operators are timed on one thread whatever the trainings have.
+    threads = 1 if record.kind == "lab-operators" else setting["threads"] or "all"
+    facts += [f"threads {threads}", f"torch {record.versions.get('torch', '?')}"]
+    return f"Run {moment(record.created)}: {', '.join(facts)}."
 
 
 def parameter_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
@@ -135,7 +156,27 @@ def operator_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
             )
         titles = (name, "Paper", "Here", "Paper", "Here")
         parts.append(Grid("Time and memory of each kind of operator.", titles, tuple(rows)))
-    return tuple(parts)
+    return (*parts, share_grid(payload["tables"]))
+
+
+def share_grid(tables: Mapping[str, Any]) -> Grid:
+    """Return which part of a batch convolution and dropout take: what the paper concludes from."""
+    rows = []
+    for name, theirs in OPERATORS.items():
+        row = [name]
+        for kind in ("conv2d", "dropout"):
+            their_share = theirs[kind][0] / theirs["model inference"][0]
+            our_share = sum(r["share"] for r in tables[name]["rows"] if kind in r["kind"])
+            row += [percent(their_share, 1), percent(our_share, 1)]
+            row.append(points(our_share - their_share, 1))
+        rows.append(tuple(row))
+    titles = ("Network", "Convolution, paper", "Here", "", "Dropout, paper", "Here", "")
+    return Grid(
+        "Share of model inference; here of the time of all operators. Dropout here has with it "
+        "the leaky ReLU that it is one operator with.",
+        titles,
+        tuple(rows),
+    )
 
 
 def ms(value: float) -> str:
@@ -147,56 +188,23 @@ def accuracy_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
     """Return Tables 6 and 7 and the curves."""
     networks = payload["networks"]
     accuracies, times = [], []
-    for name, (their_training, their_validation) in ACCURACIES.items():
-        their_epoch, their_inference = SECONDS[name]
-        if name not in networks:
-            accuracies.append(
-                (name, percent(their_training), "not run", percent(their_validation), "not run",
-                 "", "")
-            )  # fmt: skip
-            times.append(
-                (name, f"{their_epoch:g} s", "not run", "", f"{their_inference:g} s", "not run", "")
-            )
-            continue
-        epoch, training, validation = networks[name]["curve"][-1]
-        accuracies.append(
-            (
-                name,
-                percent(their_training),
-                percent(training),
-                percent(their_validation),
-                percent(validation),
-                points(validation - their_validation),
-                str(int(epoch)),
-            )
+    for name in ACCURACIES:
+        accuracies.append(accuracy_row(name, networks.get(name)))
+        times.append(time_row(name, networks.get(name)))
+    note = "Training accuracy is the mean over the last epoch's updates, dropout at work."
+    if (num := payload.get("num_samples")) is not None:
+        note += (
+            f" {count(num['train'])} pictures train and {count(num['validation'])} validate, as a "
+            "hash of every picture decides; the paper has 45,000 and 5,000."
         )
-        ours = networks[name]
-        times.append(
-            (
-                name,
-                f"{their_epoch:g} s",
-                f"{fixed(ours['epoch_seconds'], 1)} s",
-                f"{fixed(their_epoch / ours['epoch_seconds'], 1)}×",
-                f"{their_inference:g} s",
-                f"{fixed(ours['inference_seconds'], 2)} s",
-                f"{fixed(their_inference / ours['inference_seconds'], 1)}×",
-            )
-        )
-    missing = absent_networks(networks)
+    titles = ("Network", "Training, paper", "Here", "Validation, paper", "Here", "Points", "Epochs")
     return (
-        *missing,
-        Grid(
-            "Training accuracy is the mean over the last epoch's updates, dropout at work.",
-            ("Network", "Training, paper", "Here", "Validation, paper", "Here", "Points", "Epochs"),
-            tuple(accuracies),
-        ),
+        *absent_networks(payload),
+        Grid(note, titles, tuple(accuracies)),
         curves_chart("validation", "Validation accuracy", networks, column=2),
         curves_chart("training", "Training accuracy", networks, column=1),
         Grid(
-            "Seconds an epoch, the median here; the paper's on its own machine. Inference here: "
-            "10,000 pictures in batches of 100, from a pass over up to 2,000; the paper does not "
-            "say of what its epoch of inference is. A student's training reads stored outputs, "
-            "which the paper's did not.",
+            times_note(networks),
             ("Network", "Training, paper", "Here", "Faster", "Inference, paper", "Here", "Faster"),
             tuple(times),
         ),
@@ -204,8 +212,64 @@ def accuracy_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
     )
 
 
-def absent_networks(networks: Mapping[str, Any]) -> tuple[Part, ...]:
+def accuracy_row(name: str, ours: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return a network's row of Table 6."""
+    training, validation = ACCURACIES[name]
+    if ours is None:
+        return (name, percent(training), "not run", percent(validation), "not run", "", "")
+    epoch, our_training, our_validation = ours["curve"][-1]
+    return (
+        name,
+        percent(training),
+        percent(our_training),
+        percent(validation),
+        percent(our_validation),
+        points(our_validation - validation),
+        str(int(epoch)),
+    )
+
+
+def time_row(name: str, ours: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return a network's row of Table 7; a GPU's seconds have no ratio to those of a processor."""
+    training, inference = SECONDS[name]
+    if ours is None:
+        return (name, f"{training:g} s", "not run", "", f"{inference:g} s", "not run", "")
+    epoch, faster = f"{fixed(ours['epoch_seconds'], 1)} s", ""
+    if ours.get("gpu") is None:
+        faster = f"{fixed(training / ours['epoch_seconds'], 1)}×"
+    else:
+        epoch += " (GPU)"
+    return (
+        name,
+        f"{training:g} s",
+        epoch,
+        faster,
+        f"{inference:g} s",
+        f"{fixed(ours['inference_seconds'], 2)} s",
+        f"{fixed(inference / ours['inference_seconds'], 1)}×",
+    )
+
+
+def times_note(networks: Mapping[str, Any]) -> str:
+    """Return what the seconds of Table 7 are of."""
+    told = (
+        "Seconds an epoch, the median here; the paper's on its own machine. Inference here: "
+        "10,000 pictures in batches of 100, from a pass over up to 2,000; the paper does not "
+        "say of what its epoch of inference is. A student's training reads stored outputs, "
+        "which the paper's did not."
+    )
+    gpus = sorted({network["gpu"] for network in networks.values() if network.get("gpu")})
+    if gpus:
+        told += (
+            f" (GPU): trained on {', '.join(gpus)}, so without a ratio to the paper's seconds; "
+            "inference is the processor's."
+        )
+    return told
+
+
+def absent_networks(payload: Mapping[str, Any]) -> tuple[Part, ...]:
     """Return how the networks of Table 6 that have no result are run."""
+    networks = payload["networks"]
     layers = sorted({name.split()[-1] for name in ACCURACIES if name not in networks})
     if not layers:
         return ()
@@ -214,134 +278,9 @@ def absent_networks(networks: Mapping[str, Any]) -> tuple[Part, ...]:
     kept = "".join(f"--layers {number} " for number in have)
     return (
         f"Not run: {', '.join(name for name in ACCURACIES if name not in networks)}. "
-        f"`understudy lab paper --only accuracy {kept}{asked} --data FOLDER` runs them.",
+        f"`understudy lab paper --only accuracy --dropout {payload['dropout']:g} {kept}{asked} "
+        "--data FOLDER` runs them.",
     )
-
-
-def curves_chart(name: str, title: str, networks: Mapping[str, Any], *, column: int) -> Chart:
-    """Return one line a network over epochs."""
-    lines = []
-    for number, (network, found) in enumerate(networks.items()):
-        lines.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": network,
-                "x": [row[0] for row in found["curve"]],
-                "y": [row[column] for row in found["curve"]],
-                "line": {
-                    "color": COLOURS[number % len(COLOURS)],
-                    "dash": DASHES[(number // len(COLOURS) + number) % len(DASHES)],
-                },
-            }
-        )
-    layout = {
-        "xaxis": {"title": {"text": "epoch"}},
-        "yaxis": {"title": {"text": title.lower()}, "tickformat": ".0%"},
-    }
-    return Chart(name, title, "Every network over its epochs.", {"data": lines, "layout": layout})
-
-
-def dropout_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
-    """Return the student's accuracy for each rate."""
-    curves = payload["curves"]
-    rows = tuple(
-        (rate, str(int(curve[-1][0])), percent(curve[-1][1]), percent(curve[-1][2]))
-        for rate, curve in curves.items()
-    )
-    titles = ("Rate", "Epochs", "Training accuracy", "Validation accuracy")
-    theirs = ACCURACIES["Student"]
-    caption = (
-        f"The paper's student: {percent(theirs[0])} and {percent(theirs[1])} at {EPOCHS} epochs."
-    )
-    shown = {f"dropout {rate}": {"curve": curve} for rate, curve in curves.items()}
-    chart = curves_chart("dropout", "Validation accuracy", shown, column=2)
-    return (Grid(caption, titles, rows), chart, reading_of_dropout(curves))
-
-
-def online_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
-    """Return both ways of teaching side by side."""
-    online, offline = payload["curve"][-1], payload["offline_curve"][-1]
-    hours = (payload["epoch_seconds"] / 36, payload["offline_epoch_seconds"] / 36)
-    rows = (
-        ("online", percent(online[2]), f"{ONLINE_HOURS:g} h", f"{fixed(hours[0], 2)} h"),
-        ("offline", percent(offline[2]), f"{OFFLINE_HOURS:g} h", f"{fixed(hours[1], 2)} h"),
-    )
-    caption = (
-        f"After {int(online[0])} epochs; hours are for {EPOCHS} epochs at the median time of one: "
-        "online teacher and student together, offline the teacher's and then the student's, whose "
-        f"labelling took {fixed(payload['label_seconds'], 0)} s once."
-    )
-    shown = {
-        "TS Online": {"curve": payload["curve"]},
-        "TS 6 (offline)": {"curve": payload["offline_curve"]},
-    }
-    return (
-        Grid(caption, ("Way", "Validation accuracy", "Time, paper", "Here"), rows),
-        curves_chart("online", "Validation accuracy", shown, column=2),
-        reading_of_online(payload),
-    )
-
-
-def pretrained_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
-    """Return the student of the large teacher, and what an epoch costs with and without a store."""
-    epoch, _, validation = payload["curve"][-1]
-    without = payload["epoch_seconds"] + payload["label_seconds"]
-    rows = (
-        ("student's validation accuracy", percent(PRETRAINED_ACCURACY), percent(validation)),
-        ("epoch with stored outputs", "", f"{fixed(payload['epoch_seconds'], 1)} s"),
-        (
-            "epoch that runs the teacher",
-            f"{PRETRAINED_SECONDS:g} s",
-            f"{fixed(without, 1)} s",
-        ),
-        ("teacher's parameters", count(PARAMETERS["ViT-B/16, 10 classes"]),
-         count(payload["teacher_params"])),
-        ("teacher's validation accuracy", "97.88 %", percent(payload["teacher_accuracy"])),
-    )  # fmt: skip
-    caption = (
-        f"Teacher here: {payload['teacher']}; {int(epoch)} epochs. Without the store an epoch has "
-        "the teacher's pass over the training pictures besides, which labelling timed."
-    )
-    return (Grid(caption, ("", "Paper (ViT)", "Here"), rows), reading_of_pretrained(payload))
-
-
-def grid_parts(payload: Mapping[str, Any], path: str, title: str) -> tuple[Part, ...]:
-    """Return accuracy over one varied parameter."""
-    found = sorted((point["settings"][path], point["curve"]) for point in payload["points"])
-    rows = tuple(
-        (f"{value:g}", str(int(curve[-1][0])), percent(curve[-1][1]), percent(curve[-1][2]))
-        for value, curve in found
-    )
-    data = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": name,
-            "x": [value for value, _ in found],
-            "y": [curve[-1][column] for _, curve in found],
-            "line": {"color": colour},
-        }
-        for column, name, colour in ((1, "training", "@control"), (2, "validation", "@student"))
-    ]
-    axis: dict[str, Any] = {"title": {"text": title}}
-    if path.endswith("temperature"):
-        axis["type"] = "log"
-    layout = {"xaxis": axis, "yaxis": {"title": {"text": "accuracy"}, "tickformat": ".0%"}}
-    chart = Chart(path.split(".")[-1], title, "After the last epoch.",
-                  {"data": data, "layout": layout})  # fmt: skip
-    titles = (title, "Epochs", "Training accuracy", "Validation accuracy")
-    return (Grid("Taught by Teacher 6.", titles, rows), chart, reading_of_grid(path, found))
-
-
-def alpha_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
-    """Return Figure 3."""
-    return grid_parts(payload, "distillation.kl_weight", "alpha")
-
-
-def temperature_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
-    """Return Figure 4."""
-    return grid_parts(payload, "distillation.temperature", "temperature")
 
 
 PARTS = {

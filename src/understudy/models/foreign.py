@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from understudy.errors import CheckpointError, MissingExtraError, ModelError, problem
 
 
 class TransformersClassifier(nn.Module):
-    """A ``transformers`` image classifier whose forward takes images_NCHW and returns logits_NK."""
+    """A ``transformers`` image classifier whose forward takes images_NCHW and returns logits_NK.
 
-    def __init__(self, classifier: nn.Module) -> None:
+    Args:
+        classifier: the library's network.
+        image_size: (H, W) that it asks for; pictures of another size are resized to it,
+            bilinearly. None: it takes them as they are.
+    """
+
+    def __init__(self, classifier: nn.Module, image_size: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.classifier = classifier
+        self.image_size = image_size
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
+        if self.image_size is not None and images_NCHW.shape[2:] != self.image_size:
+            images_NCHW = F.interpolate(
+                images_NCHW, self.image_size, mode="bilinear", align_corners=False
+            )
         logits_NK: Tensor = self.classifier(pixel_values=images_NCHW).logits
         return logits_NK
 
@@ -76,7 +89,8 @@ def build_transformers(
     """Load an image classifier by hub name or from a local folder.
 
     A folder with ``config.json`` and no weights gives a freshly initialised network of that
-    configuration. ``arguments`` override entries of the configuration.
+    configuration. ``arguments`` override entries of the configuration; ``image_size`` among them
+    is the size that pictures are resized to.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -100,7 +114,47 @@ def build_transformers(
             classifier = AutoModelForImageClassification.from_config(config)
     except Exception as error:  # the library raises many kinds
         raise _unusable("transformers", name_or_folder, error) from error
-    return TransformersClassifier(classifier)
+    return TransformersClassifier(classifier, image_size_of(config))
+
+
+def image_size_of(config: Any) -> tuple[int, int] | None:
+    """Return the (H, W) that a transformers configuration asks for; None where it asks for none."""
+    # Of a model of pictures and text, the half that sees.
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def stated_normalization(folder: Path) -> dict[str, list[float]] | None:
+    """Return ``mean`` and ``std``, for pixels in [0, 1], of a local folder of transformers.
+
+    They are in its preprocessor_config.json; None where there is no such file, or it states none.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        mean, std = values.get("image_mean"), values.get("image_std")
+        if not mean or not std:
+            return None
+        if not values.get("do_normalize", True):
+            mean, std = [0.0] * len(mean), [1.0] * len(std)
+        # What the file's numbers are for: pixels times this factor, [0, 1] by default.
+        scale = 255 * values.get("rescale_factor", 1 / 255)
+        return {"mean": [m / scale for m in mean], "std": [s / scale for s in std]}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            problem(
+                f"{path} cannot be read ({type(error).__name__}: {error})",
+                expected="the preprocessing of an image classifier as transformers saves it",
+                mend="Correct or delete it, and state model.normalization in the recipe.",
+            )
+        ) from error
 
 
 def folder_has_weights(folder: Path) -> bool:
