@@ -103,12 +103,7 @@ def check_epochs(epochs: int, grid_epochs: int | None, dropout: float) -> None:
 def teacher_section(teacher: str | None, vit: str | None) -> dict[str, Any] | None:
     """Return the pretrained teacher as a recipe writes it; None where none is named."""
     if vit is not None:
-        from understudy.models.foreign import stated_normalization
-
-        transformer: dict[str, Any] = {"name": f"transformers:{vit}"}
-        if (normalization := stated_normalization(Path(vit))) is not None:
-            transformer["normalization"] = normalization
-        return {"model": transformer}
+        return {"model": {"name": f"transformers:{vit}"}}
     if teacher is None:
         return None
     name, equals, path = teacher.partition("=")

@@ -29,3 +29,10 @@ def test_other_class_names_are_one_problem(tmp_path):
     assert len(problems) == 2
     assert "labelling.top_k is 99" in problems[0]
     assert "the teacher has 2 classes and the data 10" in problems[1]
+
+
+def test_layers_to_leave_in_float_are_looked_for_before_anything_is_trained(tmp_path):
+    step = "{name: quantize, method: static, float_layers: [network.nine]}"
+    changes = f"compression.steps=[{step}]", "data.calibration_fraction=0.02"
+    [problem] = problems_of(tmp_path, *changes)
+    assert problem.startswith("the float layer 'network.nine' is not in the model")

@@ -249,6 +249,16 @@ def check_labelled_batches(run: Run) -> list[str]:
     ]
 
 
+def check_float_layers(run: Run) -> list[str]:
+    """The layers that compression is to leave in float are layers of the student."""
+    from understudy.compress.quantize import check_layers
+    from understudy.recipes.networks import build_model
+
+    steps = run.recipe.compression.steps
+    names = [name for step in steps for name in getattr(step, "float_layers", ())]
+    return check_layers(build_model(run, "student"), names) if names else []
+
+
 def check_networks(run: Run) -> list[str]:
     """Both networks can be built for this data, and the teacher's weights fit it."""
     from understudy.recipes.check_teaching import check_teaching
@@ -257,7 +267,7 @@ def check_networks(run: Run) -> list[str]:
     from understudy.recipes.networks import build_model
     from understudy.recipes.teach import load_teacher
 
-    problems = problems_of(lambda: given_weights(run))
+    problems = problems_of(lambda: given_weights(run)) + check_float_layers(run)
     for role in run.peers:
         problems += problems_of(lambda role=role: build_model(run, role))  # type: ignore[misc]
     for role, teacher in run.teachers.items():

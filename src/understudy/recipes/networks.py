@@ -11,10 +11,11 @@ from torch import nn
 
 from understudy.artifacts import Record
 from understudy.models.build import NormalizedModel, build_network
+from understudy.models.foreign import stated_normalization
 from understudy.models.load import class_order
 from understudy.models.onnx_model import OnnxModel
 from understudy.recipes.run import Run
-from understudy.recipes.sections import ModelSection
+from understudy.recipes.sections import ModelSection, Normalization
 from understudy.runtime import derive_seed
 
 WEIGHTS_NAME = "model.safetensors"
@@ -63,13 +64,7 @@ def build_model(run: Run, role: str) -> NormalizedModel:
             image_shape=image_shape,
             arguments=section.arguments,
         )
-    if section.normalization is not None:
-        mean, std = list(section.normalization.mean), list(section.normalization.std)
-    elif is_onnx(section):
-        # A black box usually holds its normalisation.
-        mean, std = [0.0] * image_shape[0], [1.0] * image_shape[0]
-    else:
-        mean, std = channel_statistics(run)
+    normalization = normalization_of(run, role)
     order = None
     color_order: Literal["rgb", "bgr"] = "rgb"
     if role in run.teachers:
@@ -79,12 +74,29 @@ def build_model(run: Run, role: str) -> NormalizedModel:
             order = class_order(teacher.class_names, run.source.class_names)
     return NormalizedModel(
         network,
-        mean=mean,
-        std=std,
+        mean=normalization.mean,
+        std=normalization.std,
         color_order=color_order,
         output_order=order,
         flip_average=lineage == "student" and run.recipe.student.flip_average,
     )
+
+
+def normalization_of(run: Run, role: str) -> Normalization:
+    """Return a network's normalisation: the recipe's, its own, or that of the training split."""
+    section = model_section(run, role)
+    if section.normalization is not None:
+        return section.normalization
+    if is_onnx(section):
+        # A black box usually holds its normalisation.
+        num_channels = run.source.image_shape[0]
+        return Normalization(mean=(0.0,) * num_channels, std=(1.0,) * num_channels)
+    library, _, folder = section.name.partition(":")
+    stated = stated_normalization(Path(folder)) if library == "transformers" else None
+    if stated is None:
+        mean, std = channel_statistics(run)
+        stated = {"mean": mean, "std": std}
+    return Normalization.model_validate(stated)
 
 
 def trained_model(run: Run, role: str, record: Record) -> NormalizedModel:

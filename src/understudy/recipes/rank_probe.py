@@ -14,10 +14,10 @@ from understudy.evaluate.budget import Budget
 from understudy.progress import log, shown_progress
 from understudy.recipes.files import save_recipe
 from understudy.recipes.label import label
-from understudy.recipes.networks import WEIGHTS_NAME, is_onnx, trained_model
+from understudy.recipes.networks import WEIGHTS_NAME, is_onnx, normalization_of, trained_model
 from understudy.recipes.outputs import stored_outputs, validation_accuracy
 from understudy.recipes.prepare import split
-from understudy.recipes.rank_profile import RIGHT_NAME, normalization_of, save_right
+from understudy.recipes.rank_profile import RIGHT_NAME, save_right
 from understudy.recipes.rank_settings import CONTROL_NAME, ProbeSection
 from understudy.recipes.run import Run
 from understudy.recipes.sections import TeacherSection

@@ -26,13 +26,12 @@ from understudy.recipes import profile_teacher
 from understudy.recipes.label import NUM_SAMPLE_IMAGES, teacher_inference, uses_gpu
 from understudy.recipes.networks import (
     WEIGHTS_NAME,
-    channel_statistics,
     is_onnx,
-    model_section,
+    normalization_of,
     trained_model,
 )
 from understudy.recipes.run import Run
-from understudy.recipes.sections import Normalization, TeacherSection
+from understudy.recipes.sections import TeacherSection
 from understudy.runtime import num_usable_cores
 
 RIGHT_NAME = "right.safetensors"
@@ -137,28 +136,14 @@ def failure(section: TeacherSection, reason: str) -> UnderstudyError:
 def conversions(run: Run) -> dict[str, Any]:
     """Return what the teacher's ``NormalizedModel`` is made with."""
     section = run.teachers["teacher"]
-    if is_onnx(section.model) and section.model.normalization is None:
-        num_channels = run.source.image_shape[0]
-        mean, std = [0.0] * num_channels, [1.0] * num_channels
-    else:
-        found = normalization_of(run, "teacher")
-        mean, std = list(found.mean), list(found.std)
+    normalization = normalization_of(run, "teacher")
     names = section.class_names
     return {
-        "mean": mean,
-        "std": std,
+        "mean": list(normalization.mean),
+        "std": list(normalization.std),
         "color_order": section.color_order,
         "output_order": None if names is None else class_order(names, run.source.class_names),
     }
-
-
-def normalization_of(run: Run, role: str) -> Normalization:
-    """Return a network's normalisation: its own, or that of the split that it was trained on."""
-    given = model_section(run, role).normalization
-    if given is not None:
-        return given
-    mean, std = channel_statistics(run)
-    return Normalization(mean=tuple(mean), std=tuple(std))
 
 
 def save_right(folder: Path, right_N: Tensor) -> None:

@@ -112,7 +112,11 @@ class ModelSection(Section):
     ]
     arguments: Annotated[dict[str, Any], Field(default_factory=dict)]
     normalization: Annotated[
-        Normalization | None, Field(description="null: mean and deviation of the training split.")
+        Normalization | None,
+        Field(
+            description="null: what preprocessor_config.json of a `transformers:` folder says; for "
+            "other networks mean and deviation of the training split, for an `.onnx` file none."
+        ),
     ] = None
 
 

@@ -80,9 +80,11 @@ def load_teacher(run: Run, role: str) -> nn.Module:
 
 
 def weights_hash(run: Run, role: str) -> str:
-    """Return the hash of the weights file, or of the name where a library finds the weights."""
+    """Return the hash of the weights file or folder, or of the name that a library looks up."""
     teacher = run.teachers[role]
-    path = teacher.checkpoint or Path(teacher.model.name)
+    path = teacher.checkpoint or Path(teacher.model.name.removeprefix("transformers:"))
+    if path.is_dir():
+        return content_hash([[p.name, file_hash(p)] for p in sorted(path.iterdir()) if p.is_file()])
     return file_hash(path) if path.is_file() else content_hash(teacher.model.name)
 
 
