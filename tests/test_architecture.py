@@ -172,6 +172,7 @@ def test_the_command_line_is_what_it_was():
             "--host",
             "--json",
             "--python",
+            "--runtime",
             "--shape",
             "--ssh-option",
             "--threads",

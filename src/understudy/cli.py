@@ -300,6 +300,12 @@ def profile(
         list[str] | None, typer.Option("--ssh-option", metavar="KEY=VALUE", help="Repeatable.")
     ] = None,
     python: Annotated[str, typer.Option("--python", help="Of the device.")] = "python3",
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime", metavar="TARGET", help="As tflm. Default: of the record, else the suffix."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time, memory, size and energy of an artifact, or the operators of a network."""
@@ -317,6 +323,7 @@ def profile(
             shape=shape,
             ssh_options=ssh_options or (),
             python=python,
+            runtime=runtime,
         )
     )
 

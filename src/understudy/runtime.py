@@ -30,6 +30,20 @@ RECORDED_PACKAGES = (
     "onnxscript",
     "safetensors",
     "scikit-learn",
+    "timm",
+    "transformers",
+    "torch-pruning",
+    "torchao",
+    "openvino",
+    "executorch",
+    "ai-edge-litert",
+    "ai-edge-quantizer",
+    "litert-torch",
+    "tflite-micro",
+    "ncnn",
+    "pnnx",
+    "coremltools",
+    "emx-onnx-cgen",
 )
 
 SECONDS_OF_ONE_REQUEST = 1.0

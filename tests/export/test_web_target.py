@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,23 +23,34 @@ import torch
 from PIL import Image, ImageCms
 from torch import nn
 
-from understudy.data.decode import MAX_PIXELS
+from understudy.data.decode import MAX_PIXELS, decode_into, read_header
 from understudy.errors import DataError, InputError, ModelError
 from understudy.evaluate.browser import BROWSER_FLAGS, find_browser, serve_folder
 from understudy.export.target import Artifact, ExportSource
 from understudy.export.targets import web
-from understudy.export.web_page import MAX_FILE_BYTES, PAGE_FILES, picture_pixels
+from understudy.export.web_page import (
+    DEFAULT_RESIZE,
+    MAX_FILE_BYTES,
+    PAGE_FILES,
+    ResizeRule,
+    describe_model,
+    picture_pixels,
+)
+from understudy.package.manifest import Preprocessing
+from understudy.package.manifest import ResizeRule as ManifestRule
+from understudy.package.picture import fitted
 
 pytestmark = pytest.mark.browser
 
 HOSTILE = "<img src=x onerror=window.hacked=1>"
 CLASS_NAMES = ("cat", HOSTILE, "a class with a name that no telephone could show on one line " * 2)
 IMAGE_SHAPE = (3, 12, 16)  # wider than high, so that a mix-up of the two shows
-PAGE_PIXELS = """async ([encoded, imageShape]) => {
+PAGE_PIXELS = """async ([encoded, imageShape, resize]) => {
     const bytes = Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0));
     const { pictureOf } = await import('./picture.js');
     const { limits } = (await window.understudy.ready).description;
-    return Array.from((await pictureOf(new Blob([bytes]), imageShape, limits)).pixels);
+    const description = { image_shape: imageShape, limits, preprocessing: { resize } };
+    return Array.from((await pictureOf(new Blob([bytes]), description)).pixels);
 }"""
 
 
@@ -190,9 +201,14 @@ def png_with(data: bytes, kind: bytes, content: bytes) -> bytes:
 
 
 def page_pixels(
-    page: Any, data: bytes, image_shape: tuple[int, int, int] = IMAGE_SHAPE
+    page: Any,
+    data: bytes,
+    image_shape: tuple[int, int, int] = IMAGE_SHAPE,
+    resize: ResizeRule = DEFAULT_RESIZE,
 ) -> np.ndarray:
-    values = page.evaluate(PAGE_PIXELS, [base64.b64encode(data).decode(), list(image_shape)])
+    values = page.evaluate(
+        PAGE_PIXELS, [base64.b64encode(data).decode(), list(image_shape), resize]
+    )
     channels, height, width = image_shape
     return np.array(values, np.uint8).reshape(height, width, channels).transpose(2, 0, 1)
 
@@ -202,6 +218,65 @@ def test_pixels_are_those_of_python(page: Any, name: str) -> None:
     data = pictures()[name]
     expected_CHW = picture_pixels(data, IMAGE_SHAPE)
     np.testing.assert_array_equal(page_pixels(page, data), expected_CHW)
+
+
+@pytest.mark.parametrize("name", pictures())
+def test_stretched_pixels_are_those_of_training_and_of_the_package(page: Any, name: str) -> None:
+    data = pictures()[name]
+    pixels_CHW = page_pixels(page, data, resize="stretch")
+    np.testing.assert_array_equal(pixels_CHW, picture_pixels(data, IMAGE_SHAPE, resize="stretch"))
+    trained_on_CHW = np.empty(IMAGE_SHAPE, np.uint8)
+    decode_into(trained_on_CHW, data, resize=True)
+    preprocessing = Preprocessing(image_shape=IMAGE_SHAPE, color_order="RGB", resize="stretch")
+    header = read_header(data)
+    decoded_CHW = np.empty((3, header.height, header.width), np.uint8)
+    decode_into(decoded_CHW, data, resize=False)
+    # Pillow goes over rows or columns first, as it likes: rounding may differ by one level.
+    for other_CHW in (trained_on_CHW, fitted(decoded_CHW, preprocessing)):
+        assert np.abs(pixels_CHW.astype(int) - other_CHW).max() <= 1
+    if name in ("wide", "high"):  # and it is not the centre of the picture
+        assert np.abs(pixels_CHW.astype(int) - page_pixels(page, data)).max() > 30
+
+
+def test_a_page_of_resized_training_pictures_stretches(
+    browser: Any, model: nn.Module, node_modules: Path, tmp_path: Path
+) -> None:
+    source = ExportSource(model, IMAGE_SHAPE, CLASS_NAMES, metadata={"resize": "stretch"})
+    web.export(source, tmp_path, precision="float32", node_modules=node_modules)
+    described = json.loads((tmp_path / "model.json").read_text())
+    assert described["preprocessing"]["resize"] == "stretch"
+    # A mark at the left edge, which the centre of the picture does not hold.
+    pixels_HWC = np.zeros((30, 200, 3), np.uint8)
+    pixels_HWC[:, :40] = 255
+    data = encoded(pixels_HWC)
+    trained_on_CHW = np.empty(IMAGE_SHAPE, np.uint8)
+    decode_into(trained_on_CHW, data, resize=True)
+    with torch.inference_mode():
+        logits_K = model(torch.from_numpy(trained_on_CHW)[None] / 255)[0]
+    with serve_folder(tmp_path, QuietHandler) as origin:
+        page = watched(browser)
+        assert settled(page, f"{origin}/index.html") == ""
+        assert give(page, data) == ""
+        assert page.inner_text("#seen-note") == "16 × 12 pixels, stretched from 200 × 30"
+        shown = page.evaluate("window.understudy.shown.logits")
+        page.close()
+    np.testing.assert_allclose(shown, logits_K, atol=1e-2)
+
+
+def test_rules_for_other_sizes_are_those_of_the_manifest(tmp_path: Path) -> None:
+    assert get_args(ResizeRule) == get_args(ManifestRule)
+    path = tmp_path / "student.onnx"
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match="brought to size by 'squeeze'"):
+        describe_model(
+            path,
+            image_shape=IMAGE_SHAPE,
+            class_names=CLASS_NAMES,
+            precision="float32",
+            tensor_names=("images", "logits"),
+            resize="squeeze",
+            runtime=web.RUNTIME,
+        )
 
 
 def test_a_picture_of_the_networks_size_is_unchanged(page: Any) -> None:
@@ -514,8 +589,7 @@ def test_folder_holds_all_it_needs_and_says_what(artifact: Artifact, node_module
     assert described["model"]["size_bytes"] == len(model) == artifact.facts["model_bytes"]
     assert described["class_names"] == list(CLASS_NAMES)
     assert described["image_shape"] == [3, 12, 16]
-    assert described["preprocessing"]["resize"] == "shorter_side"
-    assert described["preprocessing"]["crop"] == "center"
+    assert described["preprocessing"]["resize"] == "shorter_side_center_crop"
     assert artifact.size_bytes == sum(artifact.facts["file_bytes"].values())
     assert artifact.facts["runtime_bytes"] < 14_400_000
     for name in PAGE_FILES:

@@ -90,6 +90,8 @@ def test_what_is_not_given_is_said():
         assert section(text, title) == "Not stated."
     assert "Per class: not stated." in text
     assert "Per group: not stated." in text
+    text = rendered(ModelCard(summary="Small.", licence="MIT", per_group=()))
+    assert "Per group: no groups in this data are named." in text
     assert section(text, "Budget") == "No budget is stated."
 
 

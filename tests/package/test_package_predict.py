@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -38,6 +39,17 @@ def saved(path, pixels, **options):
 
 def channels_last(picture):
     return np.ascontiguousarray(picture.transpose(1, 2, 0))
+
+
+def bomb(folder, side):
+    """A PNG whose few bytes claim more pixels than are allowed."""
+    path = folder / "bomb.png"
+    Image.new("1", (side, 1)).save(path)
+    data = bytearray(path.read_bytes())
+    data[20:24] = side.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+    return path
 
 
 @pytest.fixture
@@ -294,13 +306,7 @@ class TestBadPictures:
 
     @pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 10, 30_000])
     def test_a_bomb_is_refused_by_its_header(self, tmp_path, side):
-        """A PNG whose few bytes claim more pixels than are allowed."""
-        path = tmp_path / "bomb.png"
-        Image.new("1", (side, 1)).save(path)
-        data = bytearray(path.read_bytes())
-        data[20:24] = side.to_bytes(4, "big")
-        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-        path.write_bytes(data)
+        path = bomb(tmp_path, side)
         with pytest.raises(DataError, match=r"bomb.png cannot be used: .*(allowed|exceeds limit)"):
             load_picture(path, COLOR)
 
@@ -468,6 +474,57 @@ class TestRunner:
         (found,) = predict(read_package(tmp_path / "p"), [path])
         done = self.run(tmp_path / "p", [path])
         assert done.stdout.startswith(f"{path}: {found.guesses[0].class_name} ")
+
+    def refused(self, package, *paths):
+        """Return the one line that it says before it ends with code 2."""
+        done = self.run(package, paths)
+        assert done.returncode == 2, done.stdout
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        return done.stderr.strip()
+
+    def test_a_changed_byte_of_the_network_is_refused(self, folder_package, files, tmp_path):
+        package = tmp_path / "p"
+        shutil.copytree(folder_package, package)
+        model = package / "artifacts" / "onnx-float32" / "student.onnx"
+        data = bytearray(model.read_bytes())
+        data[len(data) // 2] ^= 1
+        model.write_bytes(data)
+        assert self.refused(package, files[0]) == (
+            "the package cannot be used: artifacts/onnx-float32/student.onnx was changed; "
+            "get the package again"
+        )
+        model.unlink()
+        assert "student.onnx" in self.refused(package, files[0])
+        (package / "manifest.json").write_text("{")
+        assert self.refused(package, files[0]).startswith("the package cannot be used: ")
+
+    # Of fewer pixels than about 179 million Pillow by itself only warns.
+    @pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 10, 30_000])
+    def test_a_bomb_is_refused(self, folder_package, tmp_path, side):
+        path = bomb(tmp_path, side)
+        said = self.refused(folder_package, path)
+        assert said.startswith(f"{path} cannot be used: Image size ({side * side} pixels) exceeds")
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("missing.png", "No such file"),
+            ("words.png", "cannot identify image file"),
+            ("half.png", "truncated"),
+            ("broken.png", ""),
+        ],
+    )
+    def test_a_picture_that_cannot_be_used_is_named(
+        self, folder_package, files, tmp_path, name, reason
+    ):
+        whole = files[0].read_bytes()
+        (tmp_path / "words.png").write_text("just some words")
+        (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+        (tmp_path / "broken.png").write_bytes(whole[:60] + bytes(40) + whole[100:])
+        said = self.refused(folder_package, files[0], tmp_path / name)
+        assert said.startswith(f"{tmp_path / name} cannot be used: ")
+        assert reason in said
+        assert "Traceback" not in said
 
     def test_it_is_short(self, folder_package):
         assert len((folder_package / "run.py").read_text().splitlines()) <= 45

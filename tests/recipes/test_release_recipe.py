@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from tiny_run import TINY_RECIPE, TinyRun
 from understudy.artifacts import Record
+from understudy.export.onnx_run import onnx_logits
 from understudy.package.reading import read_package
 from understudy.package.statistics import reference_statistics
-from understudy.recipes.artifacts import answers, artifact_of, release_budget
+from understudy.recipes.artifacts import answers, artifact_of, make_artifacts, release_budget
+from understudy.recipes.compress import compress
+from understudy.recipes.compression_report import compression_values
 from understudy.recipes.job import open_run
 from understudy.recipes.package_contents import model_card, shipped_metrics
 from understudy.recipes.run import Run
@@ -85,8 +89,32 @@ def test_a_release_prunes_quantises_and_packs(released):
     assert int8.payload["metrics"]["num_samples"] == int8.payload["num_images"] > 500
     assert float32.payload["parity"]["passed"]
     assert "package:" in finished.out
-    names = {entry.name for entry in read_package(run.folder / "release").manifest.artifacts}
-    assert names == {"onnx-int8", "onnx-float32"}
+    entries = {e.name: e for e in read_package(run.folder / "release").manifest.artifacts}
+    assert set(entries) == {"onnx-int8", "onnx-float32"}
+    parity = int8.payload["parity"]
+    assert entries["onnx-int8"].measured["mean_abs_difference"] == parity["mean_abs_difference"]
+
+
+def test_int8_is_scored_against_the_float_state_that_went_into_it(released, monkeypatch):
+    run, finished = released
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(run.home))
+    opened, int8 = open_run(run.folder), run.record("artifact-onnx-int8")
+    pruned = run.record("compression-1-prune")
+    # In ONNX Runtime, so that it is another way to the same figure.
+    logits_NK = onnx_logits(
+        run.folder / "compression-1-prune" / "student.onnx", opened.source, opened.splits.test
+    )
+    right_N = logits_NK.argmax(1) == opened.source.labels_N[opened.splits.test]
+    assert int8.payload["float_accuracy"] == right_N.double().mean().item()
+    assert int8.parents["compression-1-prune"] == pruned.hash
+    assert run.record("artifact-onnx-float32").payload["float_accuracy"] is None
+    assert int8.payload["notes"] == run.record("artifact-onnx-float32").payload["notes"]
+    results = json.loads((run.folder / "report" / "report.json").read_text())["results"]
+    shown = {a["precision"]: a for a in results["compression"]["artifacts"]}
+    assert shown["int8"]["float_accuracy"] == int8.payload["float_accuracy"]
+    assert shown["int8"]["mean_abs_difference"] == int8.payload["parity"]["mean_abs_difference"]
+    assert results["compression"]["max_int8_loss"] == LOOSE["accuracy_drop"]
+    assert "US020" not in finished.out  # only what is not fine is told there
 
 
 def test_the_report_shows_steps_and_files(released):
@@ -177,6 +205,87 @@ def test_a_step_that_loses_too_much_is_taken_back(copied, warm):
     assert "student" in quantize.parents
     assert quantize.payload["network"]["shapes"] is None
     assert "US016 issue" in finished.out
+
+
+def test_a_release_for_a_device_keeps_its_limits_and_says_so(copied, warm):
+    steps = ["--set", "compression.steps=[]"]
+    finished = warm.run(
+        "release", copied.folder, "--device", "server-cpu", *steps, home=copied.home
+    )
+    assert finished.code == 0, finished.err
+    assert "package:" in finished.out
+    names = {e.name for e in read_package(copied.folder / "release").manifest.artifacts}
+    assert names == {"onnx-float32"}  # the device's runtime and precision
+    results = json.loads((copied.folder / "report" / "report.json").read_text())["results"]
+    assert results["compression"]["device"] == "server-cpu"
+    (shown,) = results["compression"]["artifacts"]
+    budget = {row["name"]: row for row in shown["budget"]}
+    assert {name: row["status"] for name, row in budget.items()} == {
+        "latency_ms": "passed",
+        "peak_memory_bytes": "passed",
+    }
+    rows = copied.record("artifact-onnx-float32").timing["latency"]["measurements"]
+    single = next(r for r in rows if (r["batch_size"], r["num_threads"]) == (1, 1))
+    assert budget["latency_ms"]["measured"] == single["p95_ms"]
+    # The same device with a limit that no file keeps: nothing is packed.
+    missed = warm.run(
+        *("release", copied.folder, "--device", "server-cpu", *steps),
+        *("--set", "budget.peak_memory_bytes=1000"),
+        home=copied.home,
+    )
+    assert missed.code == 3
+    assert "US018 issue" in missed.out
+
+
+def test_int8_without_a_step_that_quantizes_says_so_and_is_held_to_the_gate(copied, warm):
+    finished = warm.run(
+        *("release", copied.folder, "--target", "onnx/int8"),
+        *("--set", "compression={steps: [], gates: {accuracy_drop: 0.0}}"),
+        home=copied.home,
+    )
+    assert finished.code == 0, finished.err
+    note = copied.record("artifact-onnx-int8").payload["notes"][-1]
+    assert note.startswith("Quantised after training with ")
+    assert note.endswith("because the recipe has no step that quantizes.")
+    assert "because the recipe has no step that quantizes" in finished.out
+    evaluation = copied.record("evaluation").payload["metrics"]["student"]["test"]
+    int8 = copied.record("artifact-onnx-int8")
+    assert int8.payload["float_accuracy"] == evaluation["accuracy"]
+    loses = int8.payload["metrics"]["accuracy"] < evaluation["accuracy"]
+    assert ("US020 issue" in finished.out) == loses
+
+
+def test_static_int8_keeps_the_worst_layers_in_float_to_the_file(copied, monkeypatch):
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(copied.home))
+    static = {"name": "quantize", "method": "static", "max_float_layers": 2}
+    run = open_run(
+        copied.folder,
+        changes=["compression.steps=" + json.dumps([static]), 'release.targets=["onnx"]'],
+    )
+    seen = []
+
+    def refuse_all_int8(judge, logits_NK):
+        seen.append(logits_NK)
+        return not torch.equal(logits_NK, seen[0])
+
+    monkeypatch.setattr("understudy.recipes.compress.Judge.passes", refuse_all_int8)
+    compressed = compress(run)
+    step = copied.record("compression-1-quantize").payload
+    assert step["kept"], step["reason"]
+    layers = step["float_layers"]
+    assert 1 <= len(layers) <= 2
+    ranked = [row["name"] for row in step["details"]["sensitivity"]]
+    assert layers == ranked[: len(layers)]
+    assert len(ranked) > 2
+    assert copied.record("compression").payload["network"]["float_layers"] == layers
+    # What is judged, and what ships, is the file with those layers in float.
+    (shipped,) = make_artifacts(run, compressed)
+    assert shipped.payload["precision"] == "int8"
+    logits_NK = answers(run, artifact_of(run, shipped), run.splits.validation)
+    assert torch.equal(logits_NK, seen[-1])
+    assert not torch.equal(logits_NK, seen[0])
+    (told,) = compression_values(run)["steps"]
+    assert told["float_layers"] == layers
 
 
 def test_a_missed_budget_ends_with_code_3_and_without_a_package(copied, warm):

@@ -33,8 +33,10 @@ def test_rows_hold_the_numbers(released: dict[str, Any]) -> None:
     assert row == [
         "onnx/int8",
         "89.00 %",
+        "-0.50 points",
         "99.00 %",
         "0.400",
+        "0.0500",
         "5.00 kB",
         "0.0500 ms",
         "0.0600 ms",
@@ -84,6 +86,35 @@ def test_a_limit_that_is_not_shown_to_be_kept_is_an_issue(
     shown = [plain(text) for text in rows[0]]
     assert shown[:3] == ["c/int8", "model_size_bytes", "8.00 kB"]
     assert shown[3:] == (["not measured", "-"] if measured is None else ["9.00 kB", "-12.5 %"])
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "limit", "status", "text"),
+    [
+        (0.89, 0.01, "passed", "onnx/int8 -0.50 points"),
+        (0.885, 0.01, "passed", "c/int8 -1.00 points"),  # the limit itself
+        (0.884, 0.01, "issue", "Lost by int8: c/int8 -1.10 points"),
+        (0.2, None, "not_applicable", "no gate on accuracy"),
+        (None, 0.01, "passed", "onnx/int8 -0.50 points"),  # US019 tells of what was not run
+    ],
+)
+def test_an_int8_file_that_loses_more_than_the_gate_allows_is_an_issue(
+    released: dict[str, Any], accuracy: float | None, limit: float | None, status: str, text: str
+) -> None:
+    released["compression"]["artifacts"][1]["accuracy"] = accuracy
+    released["compression"]["max_int8_loss"] = limit
+    found = verdicts(released)["US020"]
+    assert found[0] == status
+    assert text in found[1]
+
+
+def test_accuracy_lost_by_int8_is_not_fine_where_no_file_was_run(released: dict[str, Any]) -> None:
+    for artifact in released["compression"]["artifacts"]:
+        artifact["accuracy"] = None
+    assert verdicts(released)["US020"][0] == "skipped"
+    for artifact in released["compression"]["artifacts"]:
+        artifact["precision"] = "float32"
+    assert verdicts(released)["US020"][0] == "not_applicable"
 
 
 def test_files_that_were_not_run_are_said_to_be_unproved(released: dict[str, Any]) -> None:

@@ -87,9 +87,17 @@ class QuantizeStep(Section):
     training: Annotated[
         TrainSettings | None, Field(description="The quantisation-aware training.")
     ] = None
+    float_layers: Annotated[
+        tuple[str, ...],
+        Field(description="Layers, or modules that hold some, that stay in float: their names."),
+    ] = ()
     max_float_layers: Annotated[
         int,
-        Field(ge=0, description="So many of the worst layers may stay in float if a gate asks."),
+        Field(
+            ge=0,
+            description="Of method static: so many more of the worst layers may stay in float if a "
+            "gate asks; above 0 the report lists what every layer loses alone.",
+        ),
     ] = 0
     gates: Annotated[Gates | None, Field(description="null: those of the section.")] = None
 
@@ -97,6 +105,10 @@ class QuantizeStep(Section):
     def _training_belongs_to_aware(self) -> QuantizeStep:
         if (self.method == "aware") != (self.training is not None):
             raise ValueError("`training` belongs to method `aware`, which needs it")
+        if self.method == "aware" and self.max_float_layers:
+            raise ValueError(
+                "`max_float_layers` belongs to method `static`; name `float_layers` for `aware`"
+            )
         return self
 
 

@@ -11,13 +11,15 @@ from numpy.typing import ArrayLike
 
 from understudy.errors import InputError, problem
 from understudy.evaluate.budget import BudgetFacts, BudgetRow, check_budget
-from understudy.evaluate.devices import Device, estimate_time, facts_for
+from understudy.evaluate.c_size import c_model_size, compiled_bytes
+from understudy.evaluate.devices import Device, device_limits, estimate_time, facts_for
 from understudy.evaluate.energy import Energy, estimate_energy, measure_energy
 from understudy.evaluate.latency import Latency, measure_latency
 from understudy.evaluate.memory import Memory, measure_memory
 from understudy.evaluate.remote import Ssh, measure_remote
 from understudy.evaluate.runtime_files import RuntimeFile, Source, runtime_file
 from understudy.evaluate.text_table import human_bytes, text_table
+from understudy.evaluate.tflm_arena import smallest_arena
 from understudy.progress import Progress, silent
 
 NUM_EMULATED_IMAGES = 20
@@ -32,6 +34,8 @@ class ArtifactProfile:
         energy: of one picture at the smallest batch and number of threads, which memory is of too.
         budget: rows of the device's limits; empty without a device.
         notes: sentences that belong to the figures.
+        arena_bytes: static memory that TensorFlow Lite Micro needs for the file; None for other
+            runtimes.
     """
 
     name: str
@@ -44,6 +48,7 @@ class ArtifactProfile:
     device: str | None = None
     budget: tuple[BudgetRow, ...] = ()
     notes: tuple[str, ...] = ()
+    arena_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain lists and dicts."""
@@ -58,6 +63,7 @@ class ArtifactProfile:
             "device": self.device,
             "budget": [row.to_json() for row in self.budget],
             "notes": list(self.notes),
+            "arena_bytes": self.arena_bytes,
         }
 
     def to_text(self) -> str:
@@ -84,19 +90,22 @@ class ArtifactProfile:
             f"energy   {self.energy}",
             text_table(titles, rows),
         ]
-        if self.budget:
-            lines.append(f"limits of {self.device}")
-            cells = [
-                [
-                    row.name,
-                    f"{row.limit:,.10g} {row.unit}",
-                    row.status.replace("_", " "),
-                    row.detail,
-                ]
-                for row in self.budget
-            ]
-            lines.append(text_table(["limit", "at most", "status", ""], cells))
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        if self.arena_bytes is not None:
+            told = f"{human_bytes(self.arena_bytes)} ({self.arena_bytes} bytes)"
+            lines.insert(3, f"arena    {told}, with pointers of 64 bits")
+        return "\n".join([*lines, *limit_lines(self.device, self.budget, self.notes)])
+
+
+def limit_lines(device: str | None, budget: Sequence[BudgetRow], notes: Sequence[str]) -> list[str]:
+    """Return a table of a device's limits, where there are some, and the notes, as lines."""
+    lines = []
+    if budget:
+        cells = [
+            [row.name, f"{row.limit:,.10g} {row.unit}", row.status.replace("_", " "), row.detail]
+            for row in budget
+        ]
+        lines = [f"limits of {device}", text_table(["limit", "at most", "status", ""], cells)]
+    return [*lines, *(f"note: {note}" for note in notes)]
 
 
 def profile_artifact(
@@ -125,7 +134,7 @@ def profile_artifact(
     """
     file = runtime_file(source)
     sizes, threads = list(batch_sizes), list(num_threads)
-    limit = device.limits.latency_ms if device is not None else None
+    limit = device_limits(device).latency_ms if device is not None else None
     if limit is not None:
         sizes.append(limit.batch)
         threads.append(limit.threads)
@@ -143,11 +152,12 @@ def profile_artifact(
         latency=latency,
         memory=memory,
         energy=energy,
+        arena_bytes=smallest_arena(file.path) if file.runtime == "tflm" and ssh is None else None,
     )
     if device is None:
         return profile
     chip, notes = _emulated(file, images, device)
-    return _judged(profile, device, chip, notes, is_there=is_there)
+    return _judged(profile, file, device, chip, notes, is_there=is_there)
 
 
 def _figures(
@@ -217,6 +227,8 @@ def _emulated(
     """Return what C code takes on the device's core, and why that is not known."""
     if device.cpu is None:
         return {}, []
+    if file.runtime == "tflm":
+        return {}, ["flash is known of C code only; the RAM is the arena"]
     if file.runtime != "c":
         return {}, [f"flash and RAM are known of C code only, and {file.path.name} is none"]
     from understudy.evaluate.microcontroller import measure_microcontroller
@@ -235,6 +247,7 @@ def _emulated(
 
 def _judged(
     profile: ArtifactProfile,
+    file: RuntimeFile,
     device: Device,
     chip: dict[str, Any],
     notes: list[str],
@@ -248,14 +261,22 @@ def _judged(
     if expected is not None:
         estimates["latency_ms"] = f"about {expected.milliseconds:.4g} ms, {expected.source}"
     ram_names = ("ram_bytes", "input_bytes", "peak_stack_bytes")
+    size_bytes, counted = profile.size_bytes, {}
+    if file.runtime == "c":
+        size_bytes, counted["model_size_bytes"] = c_model_size(
+            chip,
+            compiled=compiled_bytes(file.path.parent),
+            weight_bytes=profile.latency.facts["weight_bytes"],
+        )
     facts = BudgetFacts(
-        model_size_bytes=profile.size_bytes,
+        model_size_bytes=size_bytes,
         measurements=[row.to_json() for row in profile.latency.measurements],
         peak_memory_bytes=profile.memory.peak_memory_bytes,
         flash_bytes=chip.get("flash_bytes"),
-        ram_bytes=sum(chip[name] for name in ram_names) if chip else None,
+        ram_bytes=sum(chip[name] for name in ram_names) if chip else profile.arena_bytes,
         energy_mj=energy.energy_mj if energy.method == "counter" else None,
         estimates=estimates,
+        counted=counted,
     )
     if not is_there:
         notes = [
@@ -265,5 +286,7 @@ def _judged(
         ]
     if profile.runtime != device.runtime:
         notes = [*notes, f"this device's runtime is {device.runtime}, not {profile.runtime}"]
-    rows = check_budget(device.limits, facts=facts_for(device, facts, is_on_device=is_there))
+    rows = check_budget(
+        device_limits(device), facts=facts_for(device, facts, is_on_device=is_there)
+    )
     return replace(profile, device=device.title, budget=tuple(rows), notes=tuple(notes))

@@ -83,6 +83,7 @@ class BudgetFacts:
         energy_mj: read from counters; an estimate belongs into ``estimates``.
         estimates: name of a limit to a sentence on what is expected. It is shown and decides
             nothing: the limit is not measured.
+        counted: name of a limit to what its figure counts, where that is not plain.
     """
 
     num_params: int | None = None
@@ -94,6 +95,7 @@ class BudgetFacts:
     ram_bytes: int | None = None
     energy_mj: float | None = None
     estimates: Mapping[str, str] = field(default_factory=dict)
+    counted: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def check_budget(
         if isinstance(limit, LatencyLimit):
             rows.append(_latency_row(limit, facts))
         else:
-            rows.append(_row(name, limit, getattr(facts, name), setting=""))
+            setting = facts.counted.get(name, "")
+            rows.append(_row(name, limit, getattr(facts, name), setting=setting))
     return [_unmeasured(row, facts, is_strict) if row.measured is None else row for row in rows]
 
 

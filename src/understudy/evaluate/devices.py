@@ -18,7 +18,7 @@ from understudy.errors import InputError, problem
 from understudy.evaluate.budget import Budget, BudgetFacts
 from understudy.export.target_names import TARGETS
 from understudy.models.catalog import nearest
-from understudy.settings import Section
+from understudy.settings import MAX_THREADS, Section
 
 
 class Power(Section):
@@ -46,7 +46,14 @@ class Device(Section):
     title: Annotated[str, Field(min_length=1)]
     runtime: Annotated[str, Field(description="Export target that suits the device.")]
     precision: Literal["float32", "int8"]
-    threads: Annotated[int, Field(gt=0)] = 1
+    threads: Annotated[
+        int,
+        Field(
+            gt=0,
+            le=MAX_THREADS,
+            description="Of the runtime there: measured with, and of a latency limit without any.",
+        ),
+    ] = 1
     is_this_machine: bool = False
     limits: Annotated[Budget, Field(description="As a recipe's budget.")] = Budget()
     cpu: Annotated[
@@ -152,9 +159,18 @@ def _sentence(item: Any, origin: str) -> str:
     return problem(given, expected=message[0].lower() + message[1:], mend="Correct it.")
 
 
+def device_limits(device: Device) -> Budget:
+    """Return the profile's limits; one on latency that names no threads is for the device's."""
+    limit = device.limits.latency_ms
+    if limit is None or "threads" in limit.model_fields_set:
+        return device.limits
+    limit = limit.model_copy(update={"threads": device.threads})
+    return device.limits.model_copy(update={"latency_ms": limit})
+
+
 def device_budget(device: Device) -> dict[str, Any]:
     """Return the profile's limits as values of a recipe's budget."""
-    limits = device.limits.model_dump(mode="json", exclude_none=True)
+    limits = device_limits(device).model_dump(mode="json", exclude_none=True)
     return {name: limit for name, limit in limits.items() if name != "strict" or limit}
 
 
@@ -190,6 +206,7 @@ def facts_for(device: Device, facts: BudgetFacts, *, is_on_device: bool) -> Budg
         flash_bytes=facts.flash_bytes,
         ram_bytes=facts.ram_bytes,
         estimates=facts.estimates,
+        counted=facts.counted,
     )
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from understudy.errors import InputError, MissingExtraError, problem
 from understudy.evaluate.artifact_profile import ArtifactProfile, profile_artifact
 from understudy.evaluate.compare import Comparison, compare_artifacts
-from understudy.evaluate.devices import load_device
+from understudy.evaluate.devices import Device, load_device
 from understudy.evaluate.fresh_process import describe_fresh
+from understudy.evaluate.page_profile import PageProfile, is_page, profile_page
 from understudy.evaluate.remote import Ssh
 from understudy.evaluate.runtime_files import RuntimeFile, runtime_file
 from understudy.export.target_names import TARGETS
@@ -37,7 +38,7 @@ SEED = 0
 class ProfileAnswer:
     """What was found out; ``--json`` prints it as it is, otherwise the texts stand in a row."""
 
-    profile: ArtifactProfile
+    profile: ArtifactProfile | PageProfile
     operators: OperatorTable | None
     comparison: Comparison | None
 
@@ -67,6 +68,7 @@ def profile_command(
     shape: str | None = None,
     ssh_options: Sequence[str] = (),
     python: str = "python3",
+    runtime: str | None = None,
 ) -> str:
     """Return what the command prints.
 
@@ -79,42 +81,84 @@ def profile_command(
             reference of the ratios.
         device: a device profile, by name or file, whose limits are judged.
         host: ``user@device[:port]`` to measure ``target`` on; nothing is compared there.
-        batches: None: 1 and 100.
-        threads: numbers or "all"; None: 1.
+        batches: None: 1 and 100, of a file for microcontrollers 1.
+        threads: numbers or "all"; None: those of the device's profile, 1 without one.
         shape: "C,H,W" of the pictures; None: as the file says, or 3,32,32 for a network.
         ssh_options: of ssh, each ``Name=value``, such as ``IdentityFile=PATH``.
         python: Python on the host.
+        runtime: an export target that runs ``target``; None: the one that a release's record
+            names, or by the file's suffix. A page ("web") is run in a browser.
 
     Raises:
         InputError: what was given is wrong.
         MissingExtraError, UnderstudyError: as ``profile_artifact`` and ``compare_artifacts``.
     """
     profile_of = None if device is None else load_device(device)
+    if _is_page(target, runtime):
+        options: dict[str, Any] = {"--against": against, "--host": host, "--shape": shape}
+        options |= {"--batch": batches, "--threads": threads}
+        page = profile_page(Path(target), device=profile_of, options=options)
+        return _shown(ProfileAnswer(page, None, None), as_json=as_json)
     ssh = None if host is None else Ssh(host, options=tuple(ssh_options), python=python)
-    batch, counts = tuple(batches or (1, 100)), _thread_counts(threads or (1,), host=host)
-    _check(batch, against=against, ssh=ssh)
+    own_threads = (1,) if profile_of is None else (profile_of.threads,)
+    counts = _thread_counts(threads or own_threads, host=host)
+    _check(batches or (1,), against=against, ssh=ssh)
     with tempfile.TemporaryDirectory(prefix="understudy-") as folder:
-        file = _resolve(target, shape, Path(folder) / "target")
+        file = _resolve(target, shape, Path(folder) / "target", runtime)
         image_shape = _image_shape(file, shape)
-        random = np.random.default_rng(SEED)
-        images_NCHW = random.integers(0, 256, (max(batch), *image_shape), dtype=np.uint8)
         other = None
         if against is not None:
             other = _other(against, target, image_shape, Path(folder) / "against")
-        settings: dict[str, Any] = {"batch_sizes": batch, "num_threads": counts}
-        with shown_progress(f"measuring {target}") as progress:
-            profile = profile_artifact(
-                file, images_NCHW, **settings, device=profile_of, ssh=ssh, progress=progress
+        # The interpreter for microcontrollers is slow here and takes one picture at a time.
+        usual = (1,) if file.runtime == "tflm" else (1, 100)
+        settings = {"batch_sizes": tuple(batches or usual), "num_threads": counts}
+        answer = _measured(target, file, other, image_shape, settings, device=profile_of, ssh=ssh)
+    return _shown(answer, as_json=as_json)
+
+
+def _measured(
+    target: str,
+    file: RuntimeFile,
+    other: RuntimeFile | None,
+    image_shape: ImageShape,
+    settings: dict[str, Any],
+    *,
+    device: Device | None,
+    ssh: Ssh | None,
+) -> ProfileAnswer:
+    random = np.random.default_rng(SEED)
+    shape = (max(settings["batch_sizes"]), *image_shape)
+    images_NCHW = random.integers(0, 256, shape, dtype=np.uint8)
+    with shown_progress(f"measuring {target}") as progress:
+        profile = profile_artifact(
+            file, images_NCHW, **settings, device=device, ssh=ssh, progress=progress
+        )
+    operators = comparison = None
+    if ssh is None:
+        operators = _operators(target, file, images_NCHW, settings["num_threads"][0])
+    if other is not None:
+        with shown_progress(f"comparing with {other.label}") as progress:
+            comparison = compare_artifacts(
+                [other, file], images_NCHW, **settings, progress=progress
             )
-        operators = None if ssh is not None else _operators(target, file, images_NCHW, counts[0])
-        comparison = None
-        if other is not None:
-            with shown_progress(f"comparing with {against}") as progress:
-                comparison = compare_artifacts(
-                    [other, file], images_NCHW, **settings, progress=progress
-                )
-    answer = ProfileAnswer(profile, operators, comparison)
+    return ProfileAnswer(profile, operators, comparison)
+
+
+def _shown(answer: ProfileAnswer, *, as_json: bool) -> str:
     return json.dumps(answer.to_json(), indent=2) if as_json else answer.to_text()
+
+
+def _is_page(target: str, runtime: str | None) -> bool:
+    """Return whether a browser is to run it; refuse a runtime that there is none of."""
+    if runtime is not None and runtime not in TARGETS:
+        raise InputError(
+            problem(
+                f"there is no runtime '{runtime}'{nearest(runtime, list(TARGETS))}",
+                expected=f"one of {', '.join(TARGETS)}",
+                mend="Correct --runtime.",
+            )
+        )
+    return Path(target).exists() and is_page(Path(target), runtime)
 
 
 def parse_shape(text: str) -> ImageShape:
@@ -184,9 +228,19 @@ def _check(batch: Sequence[int], *, against: str | None, ssh: Ssh | None) -> Non
         raise InputError(*problems)
 
 
-def _resolve(target: str, shape: str | None, folder: Path) -> RuntimeFile:
+def _resolve(
+    target: str, shape: str | None, folder: Path, runtime: str | None = None
+) -> RuntimeFile:
     """Return the file to run: the user's, or one that describes a network, written to folder."""
     if target in CATALOG and not Path(target).exists():
+        if runtime is not None:
+            raise InputError(
+                problem(
+                    f"--runtime {runtime} with the network '{target}', which PyTorch runs",
+                    expected="an exported file",
+                    mend=f"Name a file, or compare with it: --against {runtime}.",
+                )
+            )
         from understudy.evaluate.eager import write_eager
 
         image_shape = DEFAULT_SHAPE if shape is None else parse_shape(shape)
@@ -201,7 +255,7 @@ def _resolve(target: str, shape: str | None, folder: Path) -> RuntimeFile:
                 mend="Correct it.",
             )
         )
-    return runtime_file(path)
+    return runtime_file(path, runtime)
 
 
 def _image_shape(file: RuntimeFile, shape: str | None) -> ImageShape:

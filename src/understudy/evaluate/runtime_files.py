@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from understudy.artifacts import RECORD_NAME, Record
 from understudy.errors import InputError, problem
 from understudy.export.target_names import TARGETS
 
-# The longest that fits counts. A TensorFlow Lite file runs on microcontrollers as well: say which
-# runtime is meant with a ``RuntimeFile``.
+# The longest that fits counts. A TensorFlow Lite file runs on microcontrollers as well: where no
+# record says which runtime is meant, the caller does.
 SUFFIXES = {
     ".onnx": "onnx",
     ".tflite": "tflite",
@@ -95,21 +96,26 @@ def file_bytes(path: Path) -> int:
 
 
 def runtime_file(source: Source, runtime: str | None = None) -> RuntimeFile:
-    """Return a file with its runtime, told by the suffix where it is not given.
+    """Return a file with its runtime: the one given, else that of its record or of its suffix.
 
     Args:
-        source: a file, a folder that holds one such file, an exported ``Artifact``, or what this
-            function returned.
+        source: a file, a folder that holds one such file, the folder of a release's artifact, an
+            exported ``Artifact``, or what this function returned.
+        runtime: None: the one that a folder's record names; without a record, by the suffix.
 
     Raises:
-        InputError: no runtime is known for it, it does not run here, or a folder holds no such
-            file or several.
+        InputError: no runtime is known for it, it does not run here, a folder holds no such file
+            or several, or its record is damaged.
     """
     if isinstance(source, RuntimeFile):
         return source
     if not isinstance(source, Path):
         paths = tuple(source.folder / name for name in source.files)
         return _runnable(RuntimeFile(paths[0], runtime or source.target, paths))
+    recorded = recorded_artifact(source)
+    if recorded is not None and runtime in (None, recorded["target"]):
+        paths = tuple(source / name for name in recorded["files"])
+        return _runnable(RuntimeFile(paths[0], recorded["target"], paths))
     path = _only_file(source) if source.is_dir() and not _suffix(source) else source
     name = runtime or SUFFIXES.get(_suffix(path), "")
     if not name:
@@ -125,6 +131,18 @@ def runtime_file(source: Source, runtime: str | None = None) -> RuntimeFile:
         found = (p for kind in _C_PROJECT for p in path.parent.glob(kind))
         companions = sorted(set(found) - {path})
     return _runnable(RuntimeFile(path, name, (path, *(p for p in companions if p.is_file()))))
+
+
+def recorded_artifact(folder: Path) -> dict[str, Any] | None:
+    """Return what the record of a release's artifact says of it; None where there is none.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    if not (folder / RECORD_NAME).is_file():
+        return None
+    payload = Record.load(folder).payload
+    return payload if {"target", "files"} <= payload.keys() else None
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -22,7 +22,7 @@ from understudy.data.decode import (
     quiet_decoding,
     read_header,
 )
-from understudy.errors import DataError, problem
+from understudy.errors import DataError, InputError, problem
 from understudy.export.target import Precision
 
 ASSETS = Path(__file__).parent / "web_assets"
@@ -40,17 +40,18 @@ PAGE_FILES = (
     INDEX_NAME,
 )
 DESCRIPTION_NAME = "model.json"
-DESCRIPTION_FORMAT = 1
+DESCRIPTION_FORMAT = 2
 MAX_FILE_BYTES = 64 * 2**20
 
+# What becomes of a picture of another size, in the words of a package's manifest.
+ResizeRule = Literal["shorter_side_center_crop", "stretch"]
+DEFAULT_RESIZE: ResizeRule = "shorter_side_center_crop"
 # What picture.js does with a picture of any size; ``picture_pixels`` is the same in Python.
 PREPROCESSING = {
     "orientation": "exif",
     "color_profile": "ignored",
     "transparent_on": "black",
     "grey": "ITU-R 601-2",
-    "resize": "shorter_side",
-    "crop": "center",
     "resample": "Pillow's BILINEAR, all columns first, then all rows",
     "scale": "pixel / 255",
 }
@@ -63,6 +64,7 @@ def describe_model(
     class_names: Sequence[str],
     precision: Precision,
     tensor_names: tuple[str, str],
+    resize: str,
     runtime: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what ``model.json`` holds.
@@ -70,14 +72,26 @@ def describe_model(
     Args:
         model_path: the ONNX file, which lies beside the page.
         tensor_names: of the file's input and output.
+        resize: one of ``ResizeRule``, that of the training data.
         runtime: "package", "version", "script", "wasm" (file names) of the JavaScript runtime.
+
+    Raises:
+        InputError: no such ``resize``.
     """
+    if resize not in get_args(ResizeRule):
+        raise InputError(
+            problem(
+                f"the page is asked for pictures brought to size by '{resize}'",
+                expected=f"one of {', '.join(get_args(ResizeRule))}",
+                mend="Give the rule of the training data.",
+            )
+        )
     input_name, output_name = tensor_names
     return {
         "format": DESCRIPTION_FORMAT,
         "class_names": list(class_names),
         "image_shape": list(image_shape),
-        "preprocessing": PREPROCESSING,
+        "preprocessing": {**PREPROCESSING, "resize": resize},
         "limits": {"max_pixels": MAX_PIXELS, "max_file_bytes": MAX_FILE_BYTES},
         "model": {
             "file": model_path.name,
@@ -91,15 +105,22 @@ def describe_model(
     }
 
 
-def picture_pixels(encoded: bytes | Path, image_shape: tuple[int, int, int]) -> Pixels:
+def picture_pixels(
+    encoded: bytes | Path,
+    image_shape: tuple[int, int, int],
+    *,
+    resize: ResizeRule = DEFAULT_RESIZE,
+) -> Pixels:
     """Return the uint8 pixels CHW that the page would give the network for this picture.
 
     Decoded as training pictures are (upright, transparent on black, colours as stored). A picture
-    of the network's size is unchanged; of another, the largest centred part with the network's
-    proportions is brought to its size, bilinear over all pixels that it covers.
+    of the network's size is unchanged; of another, all of it ("stretch") or the largest centred
+    part with the network's proportions is brought to its size, bilinear over all pixels covered.
 
     Args:
         image_shape: (C, H, W); C is 1 (grey) or 3 (RGB).
+        resize: that of the training data, so that a picture means the same pixels here as there
+            (one level of 255 apart at most: Pillow does rows or columns first as it likes).
 
     Raises:
         DataError: the picture is broken, of no known format, or above ``data.decode.MAX_PIXELS``.
@@ -121,14 +142,14 @@ def picture_pixels(encoded: bytes | Path, image_shape: tuple[int, int, int]) -> 
         ) from error
     decoded_HWC = decoded_CHW.transpose(1, 2, 0)
     image = Image.fromarray(decoded_HWC[:, :, 0] if num_channels == 1 else decoded_HWC)
-    fitted = _fit(image, width, height)
+    fitted = _fit(image, width, height, resize)
     pixels_HWC = np.asarray(fitted, np.uint8).reshape(height, width, num_channels)
     return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1))
 
 
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Bring the largest centred part with these proportions to this size."""
-    ratio = width / height
+def _fit(image: Image.Image, width: int, height: int, resize: ResizeRule) -> Image.Image:
+    """Bring the picture, or its largest centred part with these proportions, to this size."""
+    ratio = image.width / image.height if resize == "stretch" else width / height
     crop_width, crop_height = float(image.width), float(image.height)
     if image.width / image.height > ratio:
         crop_width = ratio * image.height

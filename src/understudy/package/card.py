@@ -52,6 +52,7 @@ class ModelCard:
         licence: of the released files, such as "MIT" or "all rights reserved".
         data: source, fingerprint, samples of each split, licence.
         metrics: on the test split; a name with "accuracy" or "agreement" is shown in percent.
+        per_group: scores of groups of the test split; () where the data's groups are not named.
         calibration: expected calibration error, Brier score, negative log-likelihood.
         budget: rows as ``BudgetRow.to_json`` gives them.
         limits: sentences on what is known not to work.
@@ -66,7 +67,7 @@ class ModelCard:
     student: Facts = field(default_factory=dict)
     metrics: Facts = field(default_factory=dict)
     per_class: Sequence[ScoreRow] = ()
-    per_group: Sequence[ScoreRow] = ()
+    per_group: Sequence[ScoreRow] | None = None
     calibration: Facts = field(default_factory=dict)
     budget: Sequence[Mapping[str, Any]] = ()
     intended_use: Sequence[str] = ()

@@ -7,6 +7,7 @@ from typing import Any
 
 from understudy.artifacts import RECORD_NAME, Record
 from understudy.evaluate.budget import BudgetFacts, BudgetRow, check_budget
+from understudy.evaluate.c_size import c_model_size
 from understudy.evaluate.devices import Device, estimate_time, facts_for
 from understudy.recipes.artifact_energy import device_of
 from understudy.recipes.artifacts import artifact_kind, release_budget, wanted_artifacts
@@ -54,21 +55,37 @@ def artifact_budget(run: Run, record: Record) -> list[BudgetRow]:
     device, payload, timing = device_of(run), record.payload, record.timing
     chip = chip_facts(timing, device)
     energy = timing.get("energy") or {}
+    size_bytes, counted = model_size(record, chip)
     seconds = run.parent("student", "train").timing["train_seconds"] + earlier_seconds(run)
     facts = BudgetFacts(
         num_params=payload["num_params"],
-        model_size_bytes=payload["size_bytes"],
+        model_size_bytes=size_bytes,
         measurements=rows_of_latency(timing),
         peak_memory_bytes=timing.get("memory", {}).get("peak_memory_bytes"),
         train_hours=seconds / 3600,
         flash_bytes=chip.get("flash_bytes"),
         ram_bytes=ram_of(chip, payload["facts"]),
         energy_mj=energy.get("energy_mj") if energy.get("method") == "counter" else None,
-        estimates=estimates_of(chip, device),
+        estimates=estimates_of(timing, chip, device),
+        counted={"model_size_bytes": counted} if counted else {},
     )
     if device is not None:
         facts = facts_for(device, facts, is_on_device=False)
     return check_budget(release_budget(run), facts=facts)
+
+
+def model_size(record: Record, chip: Mapping[str, Any]) -> tuple[int, str]:
+    """Return the bytes that reach the device, and what is counted where that is not the files."""
+    payload = record.payload
+    if payload["target"] == "web":
+        return payload["size_bytes"], "page, network and runtime"
+    if payload["target"] != "c":
+        return payload["size_bytes"], ""
+    return c_model_size(
+        chip,
+        compiled=record.timing.get("compiled_bytes"),
+        weight_bytes=payload["facts"]["weight_bytes"],
+    )
 
 
 def rows_of_latency(timing: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -98,8 +115,17 @@ def ram_of(chip: Mapping[str, Any], facts: Mapping[str, Any]) -> int | None:
     return arena
 
 
-def estimates_of(chip: Mapping[str, Any], device: Device | None) -> dict[str, str]:
-    """Return what a device's clock makes of a count of instructions, in a sentence."""
+def estimates_of(
+    timing: Mapping[str, Any], chip: Mapping[str, Any], device: Device | None
+) -> dict[str, str]:
+    """Return in a sentence what is expected of the time where it was not measured.
+
+    It is what a device's clock makes of a count of instructions or, of this machine, so many
+    single pictures.
+    """
+    expected = timing.get("expected_ms")
+    if expected and (device is None or device.is_this_machine):
+        return {"latency_ms": expected}
     if device is None or not chip:
         return {}
     found = estimate_time(device, round(chip["instructions_per_image"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from understudy.artifacts import Record
 from understudy.compress.quant_affine import WEIGHT_MAX
 from understudy.errors import InputError, ParityError, problem
 from understudy.evaluate.accuracy import evaluate_logits
-from understudy.evaluate.budget import Budget
+from understudy.evaluate.budget import Budget, LatencyLimit
+from understudy.evaluate.c_size import compiled_bytes
 from understudy.evaluate.devices import device_budget
-from understudy.evaluate.latency import measure_latency
+from understudy.evaluate.fresh_process import MIN_RUNS, NUM_WARMUP
+from understudy.evaluate.latency import Latency, measure_latency
 from understudy.evaluate.memory import measure_memory
 from understudy.export.artifact_parity import ArtifactParity, check_artifact_parity
-from understudy.export.divergence import find_divergence
+from understudy.export.divergence import Divergence, find_divergence
 from understudy.export.target import (
     Artifact,
     ExportSource,
@@ -31,10 +34,13 @@ from understudy.models.cost import model_cost
 from understudy.progress import log, shown_progress
 from understudy.recipes.artifact_energy import device_of, energy_of
 from understudy.recipes.compressed import Network, export_source, last_network
-from understudy.recipes.run import Run
+from understudy.recipes.int8_loss import float_accuracy, float_state, quantised_afterwards
+from understudy.recipes.run import Run, Stage
 
 # Of one call: a runtime that takes one picture at a time gains nothing from larger ones.
 BATCH_SIZE = 100
+# So long may the runs of a batch take, picture by picture: the process is stopped after 300 s.
+MAX_SECONDS_ONE_BY_ONE = 280.0
 
 
 def artifact_kind(target: str, precision: str) -> str:
@@ -108,22 +114,12 @@ def make_artifact(
     precision: Precision,
 ) -> Record:
     """Return the record of one artifact, made now unless it was finished."""
-    device, limits = device_of(run), release_budget(run).model_dump(mode="json")
-    section = run.recipe.section("measurement", "export") | {
-        "min_agreement": run.recipe.release.min_agreement,
-        "device": None if device is None else device.model_dump(mode="json"),
-        "latency": limits["latency_ms"],
-    }
-    if precision == "int8":
-        section["largest_weight"] = WEIGHT_MAX
-    stage = run.begin(
-        artifact_kind(name, precision),
-        section=section,
-        parents={compressed.kind: compressed.hash},
-    )
+    stage = artifact_stage(run, compressed, name, precision)
     if stage.record is not None:
         return stage.record
     artifact = target.export(source, stage.folder, precision=precision)
+    if precision == "int8" and (note := quantised_afterwards(run, compressed)):
+        artifact = dataclasses.replace(artifact, notes=(*artifact.notes, note))
     parity: ArtifactParity | None = None
     logits_NK: Tensor | None = None
     metrics: dict[str, Any] | None = None
@@ -144,12 +140,43 @@ def make_artifact(
         **artifact.to_json(),
         "parity": None if parity is None else parity.to_json(),
         "metrics": metrics,
+        "float_accuracy": float_accuracy(run, float_state(run, compressed))
+        if precision == "int8"
+        else None,
         "num_params": model_cost(source.model, source.image_shape).num_params,
         "num_images": 0 if logits_NK is None else len(logits_NK),
     }
-    shown = "not run here" if metrics is None else f"{100 * metrics['accuracy']:.2f} % on test"
-    log.info("%s/%s: %d bytes, %s", name, precision, artifact.size_bytes, shown)
+    log.info("%s/%s: %d bytes, %s", name, precision, artifact.size_bytes, score_of(payload))
     return stage.finish(payload, files=files_of(artifact), timing=timing)
+
+
+def artifact_stage(run: Run, compressed: Record, name: str, precision: Precision) -> Stage:
+    """Return the stage of one artifact: it is made from the student, for a device, as measured."""
+    device, limits = device_of(run), release_budget(run).model_dump(mode="json")
+    section = run.recipe.section("measurement", "export") | {
+        "min_agreement": run.recipe.release.min_agreement,
+        "device": None if device is None else device.model_dump(mode="json"),
+        "latency": limits["latency_ms"],
+    }
+    if name == "tflm" and limits["strict"]:
+        section["strict"] = True
+    parents = {compressed.kind: compressed.hash}
+    if precision == "int8":
+        section["largest_weight"] = WEIGHT_MAX
+        compared_with = float_state(run, compressed)
+        parents[compared_with.kind] = compared_with.hash
+    return run.begin(artifact_kind(name, precision), section=section, parents=parents)
+
+
+def score_of(payload: Mapping[str, Any]) -> str:
+    """Return an artifact's accuracy in words, of int8 also what it lost."""
+    if payload["metrics"] is None:
+        return "not run here"
+    accuracy, before = payload["metrics"]["accuracy"], payload["float_accuracy"]
+    told = f"{100 * accuracy:.2f} % on test"
+    if before is None:
+        return told
+    return f"{told}, {100 * (accuracy - before):+.2f} points against the float student"
 
 
 def files_of(artifact: Artifact) -> list[str]:
@@ -165,8 +192,8 @@ def files_of(artifact: Artifact) -> list[str]:
 def proved(run: Run, source: ExportSource, target: Target, artifact: Artifact) -> ArtifactParity:
     """Return the comparison with the network; where it fails, find the layer and raise.
 
-    Int8 files are compared with the network that quantisation-aware training left in int8, or
-    with the float one.
+    It is the float network that the files are made from: after quantisation-aware training the one
+    with the weights that this left, without the rounding that it learned.
     """
     images_NCHW = run.source.images(run.splits.test[: run.recipe.export.num_parity_images])
     parity = check_artifact_parity(
@@ -179,15 +206,32 @@ def proved(run: Run, source: ExportSource, target: Target, artifact: Artifact) -
     if parity.passed:
         return parity
     divergence = find_divergence(source, target, images_NCHW[:32], precision=artifact.precision)
-    raise ParityError(
+    raise parity_error(parity, divergence)
+
+
+def parity_error(parity: ArtifactParity, divergence: Divergence) -> ParityError:
+    """Return the error for files beyond the limits, with the layer at fault if it is one alone."""
+    is_float = parity.precision == "float32"
+    where = f"the first layer that differs is {divergence.first}"
+    mend = "Leave this target out, keep that layer in float, or replace it."
+    if divergence.first is None:
+        where = (
+            f"no single layer differs by more than {divergence.tolerance:g} of its output, so "
+            "that small differences add up"
+        )
+        loosen = "export.parity_tolerance" if is_float else "release.min_agreement"
+        mend = f"Leave this target out, or change {loosen} if that is good enough."
+        if not is_float:
+            mend = f"Train the student with int8 arithmetic (method: aware). {mend}"
+    return ParityError(
         problem(
-            f"{artifact.target}/{artifact.precision} differs from the trained network by up to "
+            f"{parity.target}/{parity.precision} differs from the trained network by up to "
             f"{parity.max_abs_difference:.3g}, same answer for {parity.top1_agreement:.2%} of "
-            f"{parity.num_images} images; the first layer that differs is {divergence.first}",
+            f"{parity.num_images} images; {where}",
             expected=f"at most {parity.tolerance:.3g}"
-            if artifact.precision == "float32"
-            else f"the same answer for {run.recipe.release.min_agreement:.0%}",
-            mend="Leave this target out, keep that layer in float, or replace it.",
+            if is_float
+            else f"the same answer for {parity.min_agreement:.0%}",
+            mend=mend,
         )
     )
 
@@ -206,13 +250,18 @@ def answers(run: Run, artifact: Artifact, indices_N: Tensor) -> Tensor:
 def measured(run: Run, source: ExportSource, artifact: Artifact) -> dict[str, Any]:
     """Return times and memory in a process of its own, and what a target adds to that."""
     images_NCHW = run.source.images(run.splits.test[:BATCH_SIZE]).numpy()
-    options, limit = run.recipe.measurement, release_budget(run).latency_ms
-    # One at a time, a batch is so many runs; the interpreters of microcontrollers are slow here.
-    batch_sizes = set(options.batch_sizes) if artifact.batch == "any" else {1}
+    options, budget = run.recipe.measurement, release_budget(run)
+    limit = budget.latency_ms
+    # Times of the interpreter for microcontrollers say nothing of one: only asked for if they must.
+    is_asked = limit is not None and (artifact.target != "tflm" or budget.strict)
+    # One at a time, a batch is so many runs: only the one that the limit asks for.
+    takes_batches = artifact.batch == "any"
+    batch_sizes = set(options.batch_sizes) if takes_batches else {1}
     num_threads: set[Any] = set(options.num_threads or (1, "all"))
-    if limit is not None and artifact.target != "tflm":
-        batch_sizes.add(limit.batch)
+    if limit is not None and is_asked:
         num_threads.add(limit.threads)
+        if takes_batches:
+            batch_sizes.add(limit.batch)
     latency = measure_latency(
         artifact,
         images_NCHW,
@@ -224,9 +273,43 @@ def measured(run: Run, source: ExportSource, artifact: Artifact) -> dict[str, An
         "latency": latency.to_json(),
         "memory": measure_memory(artifact, images_NCHW).to_json(),
     }
+    if limit is not None and not is_measured(limit, latency):
+        single_ms = latency.measurements[0].p50_ms
+        timing["expected_ms"] = expected_time(limit, single_ms, is_asked=is_asked)
+        if not timing["expected_ms"]:
+            more = measure_latency(
+                artifact,
+                images_NCHW,
+                batch_sizes=[limit.batch],
+                num_threads=[limit.threads],
+                min_seconds=options.min_seconds,
+            )
+            timing["latency"]["measurements"] += more.to_json()["measurements"]
     if artifact.target == "c":
         from understudy.recipes.microcontrollers import on_microcontrollers
 
         timing["microcontrollers"] = on_microcontrollers(run, source, artifact)
+        timing["compiled_bytes"] = compiled_bytes(artifact.folder)
     timing["energy"] = energy_of(run, artifact, images_NCHW, latency).to_json()
     return timing
+
+
+def is_measured(limit: LatencyLimit, latency: Latency) -> bool:
+    """Return whether a limit's batch and threads are among those that were measured."""
+    setting = (limit.batch, limit.threads)
+    return setting in {(row.batch_size, row.num_threads) for row in latency.measurements}
+
+
+def expected_time(limit: LatencyLimit, single_ms: float, *, is_asked: bool) -> str:
+    """Return why a batch is not measured as so many single pictures; "" where it is to be.
+
+    The limit is then not measured, with this beside it, and a strict budget fails.
+    """
+    batch_ms = limit.batch * single_ms
+    told = f"{limit.batch} pictures one by one of {single_ms:.3g} ms are {batch_ms:.4g} ms"
+    if not is_asked:
+        return f"{told} in the interpreter here, which is timed for a strict budget alone"
+    seconds = (NUM_WARMUP + MIN_RUNS) * batch_ms / 1e3
+    if seconds > MAX_SECONDS_ONE_BY_ONE:
+        return f"{told}, and measuring them would take {seconds:.0f} s"
+    return ""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from understudy.artifacts import Record, content_hash
 from understudy.export.target import ExportSource, Precision
 from understudy.models.reshape import apply_channel_shapes
+from understudy.package.manifest import ResizeRule
 from understudy.recipes.networks import WEIGHTS_NAME, build_model
 from understudy.recipes.run import Run
 
@@ -73,6 +74,12 @@ def calibration_images(run: Run) -> Tensor:
     return run.source.images(run.splits.calibration[:MAX_CALIBRATION_IMAGES])
 
 
+def resize_rule(run: Run) -> ResizeRule:
+    """Return what becomes of a picture of another size: what loading did to the training data."""
+    resized = run.recipe.data.image_size is not None
+    return "stretch" if resized else "shorter_side_center_crop"
+
+
 def export_source(run: Run, network: Network) -> ExportSource:
     """Return what the targets export from."""
     model = load_network(run, network)
@@ -82,7 +89,10 @@ def export_source(run: Run, network: Network) -> ExportSource:
         class_names=tuple(run.source.class_names),
         calibration_NCHW=calibration_images(run),
         float_layers=network.float_layers,
-        metadata={"recipe_hash": content_hash(run.asked.model_dump(mode="json"))},
+        metadata={
+            "recipe_hash": content_hash(run.asked.model_dump(mode="json")),
+            "resize": resize_rule(run),
+        },
         opset=run.recipe.export.opset,
     )
     if network.aware is None:

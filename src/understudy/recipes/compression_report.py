@@ -8,6 +8,7 @@ from typing import Any
 from understudy.artifacts import RECORD_NAME, Record
 from understudy.evaluate.budget import BudgetRow
 from understudy.recipes.compress import KIND
+from understudy.recipes.int8_loss import most_int8_may_lose
 from understudy.recipes.run import Run
 
 
@@ -30,6 +31,7 @@ def compression_values(
         "steps": [step_values(record) for record in steps],
         "artifacts": [artifact_values(record, (budget or {})[record.kind]) for record in artifacts],
         "device": run.recipe.release.device,
+        "max_int8_loss": most_int8_may_lose(run),
     }
 
 
@@ -89,15 +91,18 @@ def artifact_values(record: Record, budget: Sequence[BudgetRow]) -> dict[str, An
         "precision": payload["precision"],
         "size_bytes": payload["size_bytes"],
         "accuracy": None if metrics is None else metrics["accuracy"],
+        # Records of float32 files that were made earlier are without it.
+        "float_accuracy": payload.get("float_accuracy"),
         "num_images": payload["num_images"],
         "agreement": None if parity is None else parity["top1_agreement"],
         "max_abs_difference": None if parity is None else parity["max_abs_difference"],
+        "mean_abs_difference": None if parity is None else parity["mean_abs_difference"],
         "p50_ms": single.get("p50_ms"),
         "p95_ms": single.get("p95_ms"),
         "load_ms": single.get("load_ms"),
         "peak_memory_bytes": timing.get("memory", {}).get("peak_memory_bytes"),
         "energy": timing.get("energy"),
-        "facts": plain_facts(payload["facts"]) | chips(timing),
+        "facts": plain_facts(payload["facts"]) | chips(timing) | compiled(timing),
         "notes": payload["notes"],
         "budget": [row.to_json() for row in budget],
     }
@@ -114,6 +119,12 @@ def single_picture(timing: Mapping[str, Any]) -> dict[str, Any]:
 def plain_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts that are one figure or word each."""
     return {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
+
+
+def compiled(timing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the bytes of C code as compiled here, where they are known."""
+    found = timing.get("compiled_bytes")
+    return {} if found is None else {"compiled_bytes": found}
 
 
 def chips(timing: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
 import shutil
 from importlib import metadata
 
@@ -12,8 +12,10 @@ from understudy.models.catalog import CATALOG, PREFIXES
 from understudy.recipes.run import home_folder
 from understudy.runtime import hardware_facts, package_versions
 
-# Extra -> the package that it brings.
-EXTRAS = {"timm": "timm", "transformers": "transformers", "dev": "pytest"}
+# Of one requirement in a distribution's metadata: name, extras of it, and the extra it belongs to.
+REQUIREMENT = re.compile(
+    r"(?P<name>[\w.-]+)(?:\[(?P<of>[^]]*)\])?.*?;\s*extra\s*==\s*['\"](?P<extra>[^'\"]+)['\"]"
+)
 
 
 def describe() -> str:
@@ -35,15 +37,42 @@ def describe() -> str:
         "Versions",
         *(f"  {name:18}{version}" for name, version in package_versions().items()),
         "Extras",
-        *(f"  {extra:16}{extra_state(extra, package)}" for extra, package in EXTRAS.items()),
+        *(f"  {extra:16}{extra_state(extra, names)}" for extra, names in extras().items()),
         f"Networks\n  {', '.join([*CATALOG, 'module:callable', *PREFIXES.values()])}",
         f"Transforms\n  {', '.join(TRANSFORM_PARAMETERS)}",
     ]
     return "\n".join(lines)
 
 
-def extra_state(extra: str, package: str) -> str:
-    """Return the installed version, or how to install the extra."""
-    if importlib.util.find_spec(package) is None:
-        return f'missing: pip install "understudy[{extra}]"'
-    return metadata.version(package)
+def extras() -> dict[str, tuple[str, ...]]:
+    """Return every extra with the packages that it brings, those of the extras in it among them."""
+    named: dict[str, list[str]] = {}
+    inner: dict[str, list[str]] = {}
+    for text in metadata.requires("understudy") or ():
+        found = REQUIREMENT.match(text)
+        if found is None:  # what every installation has
+            continue
+        names = named.setdefault(found["extra"], [])
+        if found["name"] == "understudy":
+            inner.setdefault(found["extra"], []).extend(found["of"].replace(" ", "").split(","))
+        else:
+            names.append(found["name"])
+
+    def packages(extra: str) -> list[str]:
+        deeper = [name for other in inner.get(extra, ()) for name in packages(other)]
+        return [*named[extra], *deeper]
+
+    return {extra: tuple(dict.fromkeys(packages(extra))) for extra in named}
+
+
+def extra_state(extra: str, packages: tuple[str, ...]) -> str:
+    """Return the versions of an extra's packages and, where one is not there, how to install it."""
+    found, absent = [], []
+    for package in packages:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            absent.append(package)
+    if absent:
+        found.append(f'{", ".join(absent)} missing: pip install "understudy[{extra}]"')
+    return ", ".join(found)

@@ -16,7 +16,7 @@ from understudy.package.statistics import reference_statistics
 from understudy.package.writing import PackageContents
 from understudy.recipes.artifacts import answers, artifact_of
 from understudy.recipes.compress import KIND
-from understudy.recipes.compressed import export_source, last_network
+from understudy.recipes.compressed import export_source, last_network, resize_rule
 from understudy.recipes.compression_report import single_picture
 from understudy.recipes.members import teacher_name
 from understudy.recipes.networks import model_section
@@ -30,7 +30,6 @@ def package_contents(
     indices_N = run.splits.validation
     images_NCHW = run.source.images(indices_N).numpy()
     logits_NK = shipped_logits(run, records, indices_N).numpy()
-    resized = run.recipe.data.image_size is not None
     return PackageContents(
         name=run.recipe.name,
         version=records[0].hash[:12],
@@ -39,7 +38,7 @@ def package_contents(
         image_shape=run.source.image_shape,
         card=model_card(run, records, budget),
         statistics=reference_statistics(images_NCHW, logits_NK, class_names=run.source.class_names),
-        resize="stretch" if resized else "shorter_side_center_crop",
+        resize=resize_rule(run),
         measured={artifact_name(record): measured_facts(record) for record in records},
     )
 
@@ -89,8 +88,11 @@ def measured_facts(record: Record) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if payload["metrics"] is not None:
         facts["accuracy"] = payload["metrics"]["accuracy"]
+        if payload.get("float_accuracy") is not None:
+            facts["float_accuracy"] = payload["float_accuracy"]
     if payload["parity"] is not None:
         facts["agreement_with_trained"] = payload["parity"]["top1_agreement"]
+        facts["mean_abs_difference"] = payload["parity"]["mean_abs_difference"]
     single = single_picture(timing)
     if single:
         facts |= {"latency_p50_ms": single["p50_ms"], "latency_p95_ms": single["p95_ms"]}
@@ -140,6 +142,7 @@ def model_card(
         },
         metrics=scores_of,
         per_class=[ScoreRow(name, accuracy, number) for name, accuracy, number in scores],
+        per_group=(),  # a recipe names none
         calibration={
             "expected calibration error": metrics["ece"],
             "Brier score": metrics["brier"],

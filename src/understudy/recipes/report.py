@@ -18,6 +18,7 @@ from understudy.recipes.members import is_ensemble, teacher_name
 from understudy.recipes.networks import model_section
 from understudy.recipes.peers import roles_beside, trains_teacher
 from understudy.recipes.run import Run
+from understudy.recipes.sensitivity_report import sensitivity_values
 from understudy.report.render import write_report
 from understudy.report.results import RunResults
 
@@ -114,6 +115,7 @@ def gather_results(run: Run) -> RunResults:
         "members": evaluation["members"],
         "exits": exit_values(records["exits"]) if "exits" in records else None,
         "compression": compression_values(run, artifact_budgets(run)),
+        "sensitivity": sensitivity_values(run),
         "beside": [row for row in student.payload.get("beside", []) if row["name"] not in roles],
     }
     return RunResults.from_values(values)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from understudy.errors import ParityError, problem
 from understudy.evaluate.browser import run_in_browser
 from understudy.export.artifact_parity import (
     ArtifactParity,
@@ -14,7 +16,8 @@ from understudy.export.artifact_parity import (
     require_artifact_parity,
 )
 from understudy.export.parity import model_logits
-from understudy.export.target import Artifact, ExportSource
+from understudy.export.target import Artifact, ExportSource, find_target
+from understudy.recipes.artifacts import proved
 from understudy.recipes.run import Run
 
 
@@ -26,7 +29,8 @@ def in_browser(
     Raises:
         InputError: no browser is installed.
         MissingExtraError: playwright is not installed.
-        ParityError: the page does not answer as the network does.
+        ParityError: the page does not answer as the network does; it says whether its ONNX file
+            does in ONNX Runtime here, and if not, which layer is the first that differs.
     """
     images_NCHW = run.source.images(run.splits.test)
     found = run_in_browser(artifact, images_NCHW.numpy())
@@ -41,7 +45,10 @@ def in_browser(
         tolerance=run.recipe.export.parity_tolerance,
         min_agreement=run.recipe.release.min_agreement,
     )
-    require_artifact_parity(parity, artifact)
+    try:
+        require_artifact_parity(parity, artifact)
+    except ParityError as error:
+        raise ParityError(*error.problems, where_to_look(run, source, artifact)) from None
     times = {
         "p50_ms": found.latency_p50_ms,
         "p95_ms": found.latency_p95_ms,
@@ -50,3 +57,20 @@ def in_browser(
         "browser": found.browser,
     }
     return logits_NK, parity, {"browser": times}
+
+
+def where_to_look(run: Run, source: ExportSource, artifact: Artifact) -> str:
+    """Return whether the fault of a page is in its file or in the browser.
+
+    The page's own ONNX file is run by ONNX Runtime in this process on the same pictures.
+    """
+    name = next(name for name in artifact.files if name.endswith(".onnx"))
+    try:
+        proved(run, source, find_target("onnx"), replace(artifact, target="onnx", files=(name,)))
+    except ParityError as error:
+        return f"the page's {name} itself is at fault: {'; '.join(error.problems)}"
+    return problem(
+        f"the page's {name} itself passes in ONNX Runtime here",
+        expected="the fault in the browser or in onnxruntime-web",
+        mend="Try another version of the browser, or leave this target out.",
+    )

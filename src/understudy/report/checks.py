@@ -229,4 +229,17 @@ CHECKS: tuple[Check, ...] = (
         mend="Run it where its runtime is, for instance with `understudy profile --host`.",
         judge=compression_judges.artifacts_ran,
     ),
+    Check(
+        code="US020",
+        title="Int8 keeps its accuracy",
+        raised_when=(
+            "an int8 file loses more accuracy in its runtime, against the float student on the "
+            "same pictures, than compression.gates.accuracy_drop allows"
+        ),
+        mend=(
+            "Quantise with method aware, give more calibration pictures, leave that target or its "
+            "int8 out, or raise the gate."
+        ),
+        judge=compression_judges.int8_keeps_its_accuracy,
+    ),
 )

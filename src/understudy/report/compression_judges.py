@@ -80,3 +80,25 @@ def artifacts_ran(results: RunResults) -> Finding:
     if not_run:
         return "tip", f"Not run here, so not proved: {', '.join(not_run)}."
     return "passed", f"All {len(artifacts)} artifacts answered the whole test split."
+
+
+def int8_keeps_its_accuracy(results: RunResults) -> Finding:
+    """US020: does every int8 file lose no more accuracy than a step of compression may?"""
+    facts = results.compression
+    int8 = [] if facts is None else [a for a in facts.artifacts if a.precision == "int8"]
+    if facts is None or not int8:
+        return "not_applicable", "No int8 file was released."
+    if facts.max_int8_loss is None:
+        return "not_applicable", "The recipe sets no gate on accuracy."
+    changes = {a.name: a.accuracy_change for a in int8 if a.accuracy_change is not None}
+    if not changes:
+        return "skipped", "No int8 file was run here."
+    most = facts.max_int8_loss
+    told = {name: f"{name} {formats.points(change)}" for name, change in changes.items()}
+    # Accuracies are shares of a count: 0.9 - 0.89 is not to fail a limit of 0.01.
+    lost = [told[name] for name, change in changes.items() if -change > most + 1e-9]
+    against = f"against the float student on the same pictures, where {formats.points(-most)}"
+    if lost:
+        return "issue", f"Lost by int8: {'; '.join(lost)} {against} are allowed."
+    worst = told[min(changes, key=changes.__getitem__)]
+    return "passed", f"The most that int8 changes is {worst} {against} are allowed."

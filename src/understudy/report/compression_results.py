@@ -67,10 +67,14 @@ class ArtifactFacts(Strict):
     """One shipped set of files, on the test split and in its own runtime.
 
     Attributes:
-        accuracy, agreement, max_abs_difference: None where it cannot be run here (see ``notes``).
+        accuracy, agreement, max_abs_difference, mean_abs_difference: None where it cannot be run
+            here (see ``notes``).
         agreement: share of pictures with the class that the network before export says.
+        max_abs_difference, mean_abs_difference: of the logits from that network's.
         p50_ms, p95_ms: of one picture with one thread.
         facts: what the target says of its files: flash and RAM bytes, arena bytes, instructions.
+        float_accuracy: of the float student that went into int8, on the same pictures; None of
+            float32 files.
     """
 
     target: str
@@ -88,17 +92,31 @@ class ArtifactFacts(Strict):
     facts: dict[str, Any]
     notes: tuple[str, ...]
     budget: tuple[BudgetLine, ...] = ()
+    mean_abs_difference: float | None = None
+    float_accuracy: float | None = None
 
     @property
     def name(self) -> str:
         """Target and precision in one word."""
         return f"{self.target}/{self.precision}"
 
+    @property
+    def accuracy_change(self) -> float | None:
+        """Accuracy less that of the float student; None where one of the two is not known."""
+        if self.accuracy is None or self.float_accuracy is None:
+            return None
+        return self.accuracy - self.float_accuracy
+
 
 @dataclass(frozen=True)
 class CompressionFacts(Strict):
-    """Everything between the trained student and the files that ship."""
+    """Everything between the trained student and the files that ship.
+
+    Attributes:
+        max_int8_loss: the most accuracy that an int8 file may lose; None: not checked.
+    """
 
     steps: tuple[StepFacts, ...]
     artifacts: tuple[ArtifactFacts, ...]
     device: str | None = None
+    max_int8_loss: float | None = None

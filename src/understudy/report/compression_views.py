@@ -25,8 +25,10 @@ STEP_COLUMNS = (
 ARTIFACT_COLUMNS = (
     "Files",
     "Accuracy, test",
+    "Against float",
     "Same answer",
     "Largest difference",
+    "Mean difference",
     "Size",
     "One picture",
     "95 of 100 within",
@@ -87,12 +89,15 @@ def step_notes(step: StepFacts) -> list[str]:
 
 def artifact_row(artifact: ArtifactFacts) -> tuple[str, ...]:
     """Return one row of text for ``ARTIFACT_COLUMNS``."""
-    difference = artifact.max_abs_difference
+    change, largest = artifact.accuracy_change, artifact.max_abs_difference
+    mean = artifact.mean_abs_difference
     return (
         artifact.name,
         NOTHING if artifact.accuracy is None else formats.percent(artifact.accuracy),
+        NOTHING if change is None else formats.points(change),
         NOTHING if artifact.agreement is None else formats.percent(artifact.agreement),
-        NOTHING if difference is None else formats.significant(difference),
+        NOTHING if largest is None else formats.significant(largest),
+        NOTHING if mean is None else formats.significant(mean),
         formats.size(artifact.size_bytes),
         formats.milliseconds(artifact.p50_ms),
         formats.milliseconds(artifact.p95_ms),

@@ -29,6 +29,7 @@ from understudy.report.checks import Verdict, run_checks
 from understudy.report.compression_views import compression_context
 from understudy.report.exit_curve import EXIT_COLUMNS, exit_charts, exit_rows, exit_sentence
 from understudy.report.results import RESULTS_SCHEMA_VERSION, ROLES, RunResults
+from understudy.report.sensitivity import sensitivity_context
 from understudy.report.views import confusion_cells, epoch_table, hardware_facts, tiles
 
 SECTIONS = (
@@ -153,6 +154,7 @@ def shared_context(results: RunResults, verdicts: Sequence[Verdict]) -> dict[str
         "exit_rows": exit_rows(results),
         "exit_sentence": exit_sentence(results),
         **compression_context(results),
+        **sensitivity_context(results.sensitivity),
     }
 
 

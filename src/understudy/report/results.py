@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from understudy.errors import InputError, problem
 from understudy.report.compression_results import BudgetLine, CompressionFacts
 from understudy.report.exit_results import ExitFacts
+from understudy.report.sensitivity import LayerLoss
 from understudy.report.strict import Strict
 
 RESULTS_SCHEMA_VERSION = 1
@@ -207,6 +208,7 @@ class RunResults(Strict):
         beside: peers, or the student's average, that were trained in the same updates.
         exits: early exits of the student; None where the recipe has none.
         compression: how the student was made smaller and what ships; None before that.
+        sensitivity: what each layer loses alone in int8; empty where not measured.
     """
 
     run_name: str
@@ -235,6 +237,7 @@ class RunResults(Strict):
     beside: tuple[LineageRow, ...] = ()
     exits: ExitFacts | None = None
     compression: CompressionFacts | None = None
+    sensitivity: tuple[LayerLoss, ...] = ()
 
     @property
     def teaching(self) -> str:

@@ -24,6 +24,7 @@ from understudy.export.onnx_file import read_onnx_facts
 from understudy.export.target import Artifact, ExportSource, Precision, find_target
 from understudy.export.web_page import (
     ASSETS,
+    DEFAULT_RESIZE,
     DESCRIPTION_NAME,
     INDEX_NAME,
     PAGE_FILES,
@@ -68,11 +69,15 @@ def export(
 ) -> Artifact:
     """Write the page, the network and the runtime into ``folder``; the page itself comes last.
 
+    The page brings pictures to size by the rule that the source's metadata names as "resize" (see
+    ``web_page.ResizeRule``).
+
     Args:
         node_modules: a folder that holds the package onnxruntime-web; None: see ``find_runtime``.
 
     Raises:
-        InputError: the runtime is nowhere to be had, or is not the one it should be.
+        InputError: the runtime is nowhere to be had, or is not the one it should be; there is no
+            such rule.
         MissingExtraError, ModelError: as the target ``onnx``.
     """
     runtime = find_runtime(node_modules)
@@ -87,6 +92,7 @@ def export(
         class_names=source.class_names,
         precision=precision,
         tensor_names=_tensor_names(exported.path),
+        resize=source.metadata.get("resize", DEFAULT_RESIZE),
         runtime=RUNTIME,
     )
     write_json(folder / DESCRIPTION_NAME, description)

@@ -91,9 +91,10 @@ function showAnswer(description, picture, { probabilities, ms }) {
     element('span', 'share', percentText(probabilities[order[0]])),
   );
   byId('bars').replaceChildren(...shown.map((k) => bar(names[k], probabilities[k])));
+  const how = description.preprocessing.resize === 'stretch' ? 'stretched from' : 'from the middle of';
   byId('seen-note').textContent = picture.width === width && picture.height === height
     ? `${width} × ${height} pixels, unchanged`
-    : `${width} × ${height} pixels, from the middle of ${picture.width} × ${picture.height}`;
+    : `${width} × ${height} pixels, ${how} ${picture.width} × ${picture.height}`;
   byId('time').textContent = `Answered in ${millisecondsText(ms)} on this device.`;
   byId('caveat').textContent = 'The network always names one of its '
     + `${names.length} classes, also for a picture that shows none of them.`;
@@ -108,7 +109,7 @@ const ready = loadModel((share) => {
 /** Pixels (Uint8Array HWC) of a picture file, as the network is given them. */
 async function pixelsOfFile(file) {
   const { description } = await ready;
-  return (await pictureOf(file, description.image_shape, description.limits)).pixels;
+  return (await pictureOf(file, description)).pixels;
 }
 
 let latest = 0;
@@ -121,8 +122,7 @@ async function classifyFile(file) {
     setState('loading', 'Waiting for the network …');
     const model = await ready;
     if (turn === latest) setState('busy', 'Looking at the picture …');
-    const { image_shape: shape, limits } = model.description;
-    const picture = await pictureOf(file, shape, limits);
+    const picture = await pictureOf(file, model.description);
     const answer = await model.classifyPixels(picture.pixels);
     if (turn === latest) {
       showAnswer(model.description, picture, answer);

@@ -5,7 +5,7 @@ import { sha256 } from './sha256.js';
 /** Why the network cannot be used, as a sentence for the reader. */
 export class ModelError extends Error {}
 
-const FORMAT = 1;
+const FORMAT = 2;
 const AGAIN = 'Export the page again, and copy its whole folder.';
 const localUrl = (name) => new URL(name, import.meta.url).href;
 

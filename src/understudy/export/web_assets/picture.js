@@ -3,9 +3,9 @@
 // The rule is stated in model.json under "preprocessing", and Python follows it too
 // (understudy.export.web_page.picture_pixels): upright by its Exif entry, colours as stored (no
 // profile applied), what is transparent on black, grey by Pillow's weights where the network is
-// grey, then the largest centred part with the network's proportions, brought to its size with
-// Pillow's bilinear filter, all columns first, then all rows. The browser's own scaling is not used:
-// each browser has another.
+// grey, then all of it ("stretch", where the training pictures were) or the largest centred part
+// with the network's proportions, brought to its size with Pillow's bilinear filter, all columns
+// first, then all rows. The browser's own scaling is not used: each browser has another.
 
 /** What is wrong with one picture, as a sentence for the reader. */
 export class PictureError extends Error {}
@@ -137,6 +137,9 @@ function broken(header) {
   );
 }
 
+/** The edges of a whole picture, which is then stretched. */
+const whole = (width, height) => ({ left: 0, top: 0, right: width, bottom: height });
+
 /** The largest centred part with the proportions of the output; its edges may be fractions. */
 function centredCrop(width, height, outWidth, outHeight) {
   const ratio = outWidth / outHeight;
@@ -212,8 +215,10 @@ const STRIP_ROWS = 64; // a whole picture is more than the canvas of a phone may
 const MAX_BUSY_MS = 50;
 
 /** Crop and resize a bitmap to uint8 pixels HWC: columns first, in strips of rows, then rows. */
-async function fit(bitmap, [channels, outHeight, outWidth]) {
-  const crop = centredCrop(bitmap.width, bitmap.height, outWidth, outHeight);
+async function fit(bitmap, [channels, outHeight, outWidth], resize) {
+  const crop = resize === 'stretch'
+    ? whole(bitmap.width, bitmap.height)
+    : centredCrop(bitmap.width, bitmap.height, outWidth, outHeight);
   const columns = bilinearWeights(bitmap.width, crop.left, crop.right, outWidth);
   const rows = bilinearWeights(bitmap.height, crop.top, crop.bottom, outHeight);
   const [left, right] = [columns[0].first, columns.at(-1).end];
@@ -252,10 +257,11 @@ async function fit(bitmap, [channels, outHeight, outWidth]) {
 }
 
 /**
- * Decode a File or Blob to { pixels (Uint8Array HWC), width, height, format }.
+ * Decode a File or Blob to { pixels (Uint8Array HWC), width, height, format }, by the size, the
+ * limits and the rule for other sizes of a description (`model.json`).
  * Throws PictureError for whatever is wrong with the file.
  */
-export async function pictureOf(file, imageShape, limits) {
+export async function pictureOf(file, { image_shape: imageShape, limits, preprocessing }) {
   const { bytes, header } = await readPicture(file, limits);
   let bitmap;
   try {
@@ -269,7 +275,7 @@ export async function pictureOf(file, imageShape, limits) {
   }
   try {
     checkSize(bitmap, limits.max_pixels);
-    const pixels = await fit(bitmap, imageShape);
+    const pixels = await fit(bitmap, imageShape, preprocessing.resize);
     return { pixels, width: bitmap.width, height: bitmap.height, format: header.format };
   } finally {
     bitmap.close();

@@ -2,6 +2,11 @@
  *
  * The picture is a binary PPM (P6) where the student takes colours, a binary PGM (P5) where it takes
  * grey, of exactly the student's size, 8 bits a value. Exit codes are those of enum exit_code.
+ *
+ * The picture is the only file that it reads: weights and class names are compiled in, so there is
+ * nothing to check when it runs. The sources have their SHA-256 in ../manifest.json; `understudy
+ * predict` checks all of them before it compiles, and whoever has only the package can compare them
+ * before `make`.
  */
 #include <errno.h>
 #include <math.h>

@@ -1,0 +1,269 @@
+"""What a release says of its files beyond the figures: reasons, what is counted, what is lost."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from understudy.artifacts import Record
+from understudy.compress.settings import CompressionSection
+from understudy.evaluate.budget import Budget
+from understudy.evaluate.latency import Latency, Measurement
+from understudy.export.artifact_parity import ArtifactParity
+from understudy.export.divergence import Divergence
+from understudy.recipes import artifacts
+from understudy.recipes.artifact_budget import artifact_budget
+from understudy.recipes.int8_loss import float_state, most_int8_may_lose, quantised_afterwards
+
+
+def parity(precision):
+    return ArtifactParity(
+        target="tflite",
+        precision=precision,
+        max_abs_difference=0.5,
+        mean_abs_difference=0.1,
+        top1_agreement=0.9,
+        num_images=100,
+        tolerance=1e-4,
+        min_agreement=0.95,
+        passed=False,
+        batch_max_abs_difference=0.0,
+    )
+
+
+def divergence(precision, first):
+    return Divergence("tflite", precision, (), first, 0.2, 32)
+
+
+def test_the_layer_that_differs_is_named():
+    text = str(artifacts.parity_error(parity("int8"), divergence("int8", "stages.0.conv")))
+    assert "the first layer that differs is stages.0.conv; expected the same answer for 95%" in text
+    assert "keep that layer in float" in text
+
+
+@pytest.mark.parametrize(
+    ("precision", "loosen"),
+    [("float32", "export.parity_tolerance"), ("int8", "release.min_agreement")],
+)
+def test_where_no_layer_differs_by_itself_it_says_so(precision, loosen):
+    text = str(artifacts.parity_error(parity(precision), divergence(precision, None)))
+    assert "None" not in text
+    assert "no single layer differs by more than 0.2 of its output" in text
+    assert f"change {loosen}" in text
+    assert "that layer" not in text
+    assert ("method: aware" in text) == (precision == "int8")
+
+
+# What int8 is compared with
+
+
+def step(kind, *, precision, kept):
+    network = {"precision": precision, "weights": kind}
+    payload = {"network": network, "kept": kept, "name": kind, "reason": "accuracy_drop: lost"}
+    return Record(kind=kind, key="key", seed=0, payload=payload)
+
+
+def compressed_run(folder, *steps, precision):
+    """A run whose compression consists of these steps and ended in this precision."""
+    for record in steps:
+        record.save(folder / record.kind)
+    network = {"weights": "x", "shapes": None, "aware": None, "float_layers": []}
+    payload = {"steps": [s.kind for s in steps], "network": network | {"precision": precision}}
+    student = Record(kind="student", key="key", seed=0, payload={})
+    run = SimpleNamespace(
+        folder=folder,
+        parent=lambda kind, command: student,
+        splits=SimpleNamespace(calibration=range(40)),
+        source=SimpleNamespace(images=list),
+    )
+    return run, Record(kind="compression", key="key", seed=0, payload=payload)
+
+
+def test_int8_is_compared_with_the_last_float_state(tmp_path):
+    prune = step("compression-1-prune", precision="float32", kept=True)
+    lost = step("compression-2-prune", precision="float32", kept=False)
+    for kept in (True, False):
+        int8 = step("compression-3-quantize", precision="int8", kept=kept)
+        run, compressed = compressed_run(tmp_path, prune, lost, int8, precision="int8")
+        assert float_state(run, compressed).kind == "compression-1-prune"
+    int8 = step("compression-1-quantize", precision="int8", kept=True)
+    run, compressed = compressed_run(tmp_path, int8, precision="int8")
+    assert float_state(run, compressed).kind == "student"
+
+
+def test_int8_of_a_step_that_was_taken_back_is_said_to_be_made_afterwards(tmp_path):
+    lost = step("compression-1-quantize", precision="int8", kept=False)
+    run, compressed = compressed_run(tmp_path, lost, precision="float32")
+    assert quantised_afterwards(run, compressed) == (
+        "Quantised after training with 40 calibration pictures, because compression-1-quantize "
+        "was taken back (accuracy_drop: lost)."
+    )
+    run, compressed = compressed_run(tmp_path, precision="float32")
+    assert quantised_afterwards(run, compressed).endswith("has no step that quantizes.")
+    kept = step("compression-1-quantize", precision="int8", kept=True)
+    run, compressed = compressed_run(tmp_path, kept, precision="int8")
+    assert quantised_afterwards(run, compressed) == ""
+
+
+@pytest.mark.parametrize(
+    ("section", "limit"),
+    [
+        ({}, 0.01),
+        ({"gates": {"accuracy_drop": 0.2}}, 0.2),
+        ({"steps": [{"name": "quantize", "gates": {"accuracy_drop": 0.3}}]}, 0.3),
+        ({"steps": [{"name": "quantize"}], "gates": {"accuracy_drop": None}}, None),
+        (
+            {"steps": [{"name": "prune", "num_params": 9, "gates": {"accuracy_drop": 0.3}}]},
+            0.01,
+        ),
+    ],
+)
+def test_the_gate_of_the_step_that_quantizes_is_the_limit(section, limit):
+    compression = CompressionSection.model_validate(section)
+    run = SimpleNamespace(recipe=SimpleNamespace(compression=compression))
+    assert most_int8_may_lose(run) == limit
+
+
+# Limits on time of files that take one picture at a time
+
+
+class Recorder:
+    """Stands in for the measurement: notes what is asked for, and takes no time."""
+
+    def __init__(self, single_ms):
+        self.single_ms, self.asked = single_ms, []
+
+    def __call__(self, artifact, images, *, batch_sizes, num_threads, min_seconds):
+        settings = [(size, count) for count in num_threads for size in batch_sizes]
+        self.asked += settings
+        row = dict.fromkeys(("p95_ms", "p99_ms", "mean_ms", "images_per_second", "load_ms"), 1.0)
+        row |= {"p50_ms": self.single_ms, "num_runs": 50, "num_warmup": 10}
+        return Latency(
+            tuple(Measurement(batch_size=size, num_threads=n, **row) for size, n in settings), {}
+        )
+
+
+def timed(monkeypatch, target, *, single_ms, strict, batch=100, batch_kind="one"):
+    """Return the settings that are measured of an artifact, and what is said of the others."""
+    limit = {"batch": batch, "threads": 2, "at_most": 10}
+    recorder = Recorder(single_ms)
+    nothing = SimpleNamespace(to_json=dict)
+    monkeypatch.setattr(artifacts, "measure_latency", recorder)
+    monkeypatch.setattr(artifacts, "measure_memory", lambda *arguments: nothing)
+    monkeypatch.setattr(artifacts, "energy_of", lambda *arguments: nothing)
+    run = SimpleNamespace(
+        recipe=SimpleNamespace(
+            release=SimpleNamespace(device=None),
+            budget=Budget.model_validate({"latency_ms": limit, "strict": strict}),
+            measurement=SimpleNamespace(batch_sizes=(1,), num_threads=(1,), min_seconds=0),
+        ),
+        splits=SimpleNamespace(test=range(3)),
+        source=SimpleNamespace(images=lambda rows: torch.zeros(3, 1, 8, 8, dtype=torch.uint8)),
+    )
+    files = SimpleNamespace(target=target, batch=batch_kind, folder=None)
+    timing = artifacts.measured(run, None, files)
+    rows = timing["latency"]["measurements"]
+    assert [(row["batch_size"], row["num_threads"]) for row in rows] == recorder.asked
+    return recorder.asked, timing.get("expected_ms", "")
+
+
+def test_a_batch_of_single_pictures_is_measured_for_its_limit(monkeypatch):
+    for target, strict in (("executorch", False), ("tflm", True)):
+        asked, expected = timed(monkeypatch, target, single_ms=15.0, strict=strict)
+        assert asked == [(1, 1), (1, 2), (100, 2)]
+        assert expected == ""
+
+
+def test_an_interpreter_is_timed_for_a_strict_budget_alone(monkeypatch):
+    asked, expected = timed(monkeypatch, "tflm", single_ms=15.0, strict=False)
+    assert asked == [(1, 1)]
+    assert expected.startswith("100 pictures one by one of 15 ms are 1500 ms in the interpreter")
+    asked, expected = timed(monkeypatch, "tflm", single_ms=15.0, strict=True, batch=1)
+    assert (asked, expected) == ([(1, 1), (1, 2)], "")
+
+
+def test_a_batch_that_takes_too_long_is_not_measured_and_says_why(monkeypatch):
+    asked, expected = timed(monkeypatch, "tflm", single_ms=200.0, strict=True)
+    assert (100, 2) not in asked
+    assert expected.endswith("and measuring them would take 1200 s")
+
+
+def test_files_that_take_batches_are_measured_at_the_limits_one(monkeypatch):
+    asked, expected = timed(
+        monkeypatch, "onnx", single_ms=200.0, strict=False, batch=10, batch_kind="any"
+    )
+    assert (10, 2) in asked
+    assert expected == ""
+
+
+# Rows of the budget
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Return the budget's rows of a record, for limits that the test gives."""
+
+    def rows(record, **limits):
+        run = SimpleNamespace(
+            recipe=SimpleNamespace(
+                release=SimpleNamespace(device=None), budget=Budget.model_validate(limits)
+            ),
+            parent=lambda kind, command: SimpleNamespace(timing={"train_seconds": 1.0}),
+        )
+        monkeypatch.setattr("understudy.recipes.artifact_budget.earlier_seconds", lambda run: 0.0)
+        return artifact_budget(run, record)
+
+    return rows
+
+
+def record_of(target, timing, **facts):
+    payload = {"target": target, "size_bytes": 1_000_000, "num_params": 9, "facts": facts}
+    return Record(kind=f"artifact-{target}", key="k", seed=0, payload=payload, timing=timing)
+
+
+@pytest.mark.parametrize(
+    ("timing", "measured", "counted"),
+    [
+        (
+            {
+                "compiled_bytes": 3000,
+                "microcontrollers": {
+                    "cortex-m4": {
+                        "cpu": "cortex-m4",
+                        "flash_bytes": 4000,
+                        "ram_bytes": 1,
+                        "input_bytes": 1,
+                        "peak_stack_bytes": 1,
+                    }
+                },
+            },
+            4000,
+            "flash of a cortex-m4",
+        ),
+        ({"compiled_bytes": 3000}, 3000, "code and weights as compiled here"),
+        ({"compiled_bytes": None}, 2000, "weights alone, the code was not compiled"),
+        ({}, 2000, "weights alone, the code was not compiled"),
+    ],
+)
+def test_c_code_counts_what_reaches_the_device(judged, timing, measured, counted):
+    (row,) = judged(record_of("c", timing, weight_bytes=2000), model_size_bytes=5000)
+    assert (row.measured, row.status) == (measured, "passed")
+    assert row.detail.startswith(f"{counted}: ")
+
+
+def test_other_files_count_whole(judged):
+    (row,) = judged(record_of("onnx", {}), model_size_bytes=500_000)
+    assert (row.measured, row.status) == (1_000_000, "failed")
+    assert row.detail == "100.0% over the limit"
+    (row,) = judged(record_of("web", {}), model_size_bytes=2_000_000)
+    assert row.detail == "page, network and runtime: 50.0% of the limit"
+
+
+def test_what_a_batch_is_expected_to_take_proves_nothing(judged):
+    record = record_of("tflm", {"expected_ms": "100 pictures one by one"})
+    limit = {"batch": 100, "at_most": 1e9}
+    (row,) = judged(record, latency_ms=limit)
+    assert row.status == "not_measured"
+    assert row.detail.endswith("not measured (estimate: 100 pictures one by one)")
+    (row,) = judged(record, latency_ms=limit, strict=True)
+    assert row.status == "failed"
