@@ -10,6 +10,7 @@ from understudy.evaluate.budget import check_budget as check_budget_of
 ROW = {"batch_size": 1, "num_threads": 1, "p50_ms": 1.0, "p95_ms": 2.0, "p99_ms": 3.0}
 FACTS = BudgetFacts(
     num_params=2000,
+    macs=70_000,
     model_size_bytes=9000,
     measurements=[{**ROW, "num_threads": 2, "p95_ms": 0.1}, ROW],
     peak_memory_bytes=50_000_000,
@@ -32,6 +33,7 @@ def statuses(limits, facts=FACTS):
     ("name", "measured", "step"),
     [
         ("num_params", 2000, 1),
+        ("macs", 70_000, 1),
         ("model_size_bytes", 9000, 1),
         ("peak_memory_bytes", 50_000_000, 1),
         ("train_hours", 0.5, 1e-12),

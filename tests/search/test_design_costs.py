@@ -73,6 +73,7 @@ def test_times_are_measured_and_memory_where_it_is_limited(tmp_path):
     ("limit", "kept", "broken"),
     [
         ("num_params", 1000, 999),
+        ("macs", 900, 899),
         ("model_size_bytes", 4000, 3999),
         ("flash_bytes", 1000, 999),
         ("ram_bytes", 1000, 999),

@@ -19,6 +19,7 @@ Status = Literal["passed", "failed", "not_measured"]
 # Limit name to unit, in the order in which rows are shown.
 BUDGET_UNITS = {
     "num_params": "parameters",
+    "macs": "multiply-adds",
     "model_size_bytes": "bytes",
     "latency_ms": "ms",
     "peak_memory_bytes": "bytes",
@@ -42,6 +43,7 @@ class Budget(Section):
     """Limits the student must keep. What is not given is not checked."""
 
     num_params: Annotated[int | None, Field(gt=0)] = None
+    macs: Annotated[int | None, Field(gt=0, description="Multiply-adds of one picture.")] = None
     model_size_bytes: Annotated[
         int | None, Field(gt=0, description="Size of the exported file.")
     ] = None
@@ -79,6 +81,7 @@ class BudgetFacts:
             ``p99_ms``, as ``Measurement.to_json`` writes them.
         peak_memory_bytes: peak resident memory of the exported file in its runtime.
         train_hours: wall time of the student's training.
+        macs: multiply-adds of one picture, as ``model_cost`` counts them.
         flash_bytes, ram_bytes: of the file built for a microcontroller.
         energy_mj: read from counters; an estimate belongs into ``estimates``.
         estimates: name of a limit to a sentence on what is expected. It is shown and decides
@@ -91,6 +94,7 @@ class BudgetFacts:
     measurements: Sequence[Mapping[str, Any]] = ()
     peak_memory_bytes: int | None = None
     train_hours: float | None = None
+    macs: int | None = None
     flash_bytes: int | None = None
     ram_bytes: int | None = None
     energy_mj: float | None = None

@@ -201,6 +201,7 @@ def facts_for(device: Device, facts: BudgetFacts, *, is_on_device: bool) -> Budg
         return facts
     return BudgetFacts(
         num_params=facts.num_params,
+        macs=facts.macs,
         model_size_bytes=facts.model_size_bytes,
         train_hours=facts.train_hours,
         flash_bytes=facts.flash_bytes,

@@ -59,6 +59,7 @@ def artifact_budget(run: Run, record: Record) -> list[BudgetRow]:
     seconds = run.parent("student", "train").timing["train_seconds"] + earlier_seconds(run)
     facts = BudgetFacts(
         num_params=payload["num_params"],
+        macs=payload.get("macs"),  # records that were made earlier are without it
         model_size_bytes=size_bytes,
         measurements=rows_of_latency(timing),
         peak_memory_bytes=timing.get("memory", {}).get("peak_memory_bytes"),

@@ -136,6 +136,7 @@ def make_artifact(
         labels_N = run.source.labels_N[run.splits.test]
         found = evaluate_logits(logits_NK, labels_N, class_names=run.source.class_names)
         metrics = found.to_json()
+    cost = model_cost(source.model, source.image_shape)
     payload = {
         **artifact.to_json(),
         "parity": None if parity is None else parity.to_json(),
@@ -143,7 +144,8 @@ def make_artifact(
         "float_accuracy": float_accuracy(run, float_state(run, compressed))
         if precision == "int8"
         else None,
-        "num_params": model_cost(source.model, source.image_shape).num_params,
+        "num_params": cost.num_params,
+        "macs": cost.macs,
         "num_images": 0 if logits_NK is None else len(logits_NK),
     }
     log.info("%s/%s: %d bytes, %s", name, precision, artifact.size_bytes, score_of(payload))

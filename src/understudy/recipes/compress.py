@@ -26,13 +26,13 @@ from understudy.recipes.compressed import Network
 from understudy.recipes.evaluate import LOGITS_NAME
 from understudy.recipes.further_training import is_guided
 from understudy.recipes.gates import GateRow, check_budget_kept, check_gates, reason_of
-from understudy.recipes.prune_step import prune_step
+from understudy.recipes.prune_step import Made, prune_step
 from understudy.recipes.quantize_step import quantize_step
 from understudy.recipes.run import Run
 
 KIND = "compression"
 # What the ONNX file of a step can be asked for; training time is the student's own.
-FILE_LIMITS = ("num_params", "model_size_bytes", "latency_ms", "peak_memory_bytes")
+FILE_LIMITS = ("num_params", "macs", "model_size_bytes", "latency_ms", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,10 @@ def trained_student(run: Run) -> State:
     evaluation = run.parent("evaluation", "evaluate")
     exported = run.parent("export", "export")
     metrics = evaluation.payload["metrics"]["student"]["validation"]
+    cost = evaluation.payload["costs"]["student"]
     facts = BudgetFacts(
-        num_params=evaluation.payload["costs"]["student"]["num_params"],
+        num_params=cost["num_params"],
+        macs=cost["macs"],
         model_size_bytes=exported.payload["facts"]["size_bytes"],
         measurements=exported.timing["latency"]["measurements"],
         peak_memory_bytes=exported.timing["memory"]["peak_memory_bytes"],
@@ -126,7 +128,7 @@ def run_step(run: Run, number: int, step: PruneStep | QuantizeStep, state: State
     else:
         made = quantize_step(run, stage, step, state.network, judge=judge.passes)
     metrics = validation_of(run, made.logits_NK)
-    budget = measured_budget(run, made.num_params, stage.folder / made.file)
+    budget = measured_budget(run, made, stage.folder / made.file)
     rows = judge.rows(metrics, budget if gates.budget else [])
     reason = reason_of(rows)
     verdict = f"taken back: {reason}" if reason else "kept"
@@ -180,7 +182,7 @@ def validation_of(run: Run, logits_NK: Tensor) -> dict[str, Any]:
     ).to_json()
 
 
-def measured_budget(run: Run, num_params: int, path: Path) -> list[dict[str, Any]]:
+def measured_budget(run: Run, made: Made, path: Path) -> list[dict[str, Any]]:
     """Return the budget's rows for the ONNX file of a step, measured as far as limits ask."""
     limits = run.recipe.budget
     images_NCHW = run.source.images(run.splits.validation[:100]).numpy()
@@ -200,7 +202,8 @@ def measured_budget(run: Run, num_params: int, path: Path) -> list[dict[str, Any
     return budget_rows(
         run,
         BudgetFacts(
-            num_params=num_params,
+            num_params=made.num_params,
+            macs=made.macs,
             model_size_bytes=path.stat().st_size,
             measurements=measurements,
             peak_memory_bytes=peak,

@@ -92,9 +92,10 @@ def with_student(run: Run, name: str, arguments: dict[str, Any]) -> Run:
 
 
 def counts_fit(candidate: Candidate, budget: Budget) -> bool:
-    """Return whether parameters and memory keep the budget, as far as it limits them."""
+    """Return whether parameters, operations and memory keep the budget, where it limits them."""
     limits = (
         (candidate.num_params, budget.num_params),
+        (candidate.macs, budget.macs),
         (4 * candidate.num_params, budget.model_size_bytes),
         (candidate.num_params, budget.flash_bytes),  # int8: a byte a weight, and code besides
         (candidate.peak_activation_bytes // 4, budget.ram_bytes),

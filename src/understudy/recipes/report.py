@@ -187,9 +187,10 @@ def budget_rows(
     run: Run, records: dict[str, Record], hours: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Return one row for each limit of the budget."""
-    exported = records["export"]
+    exported, cost = records["export"], records["evaluation"].payload["costs"]["student"]
     facts = BudgetFacts(
-        num_params=records["evaluation"].payload["costs"]["student"]["num_params"],
+        num_params=cost["num_params"],
+        macs=cost["macs"],
         model_size_bytes=exported.payload["facts"]["size_bytes"],
         measurements=exported.timing["latency"]["measurements"],
         peak_memory_bytes=exported.timing["memory"]["peak_memory_bytes"],
