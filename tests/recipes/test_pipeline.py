@@ -77,6 +77,38 @@ def test_a_change_runs_again_what_depends_on_it(warm, copied, change, expected):
     assert set(started(finished)) | set(reused(finished)) == set(STAGES)
 
 
+def test_a_setting_that_is_taken_back_trains_nothing_again(warm, copied, unbroken):
+    change = ["--set", "distillation.temperature=2"]
+    assert warm.run("distill", copied.folder, *change, home=copied.home).code == 0
+    assert copied.results() != unbroken.results()
+    back = ["--set", f"distillation.temperature={temperature_of(unbroken)}"]
+    finished = warm.run("distill", copied.folder, *back, home=copied.home)
+    assert finished.code == 0, finished.err
+    assert started(finished) == []
+    assert copied.results() == unbroken.results()
+    kept = sorted(path.name.split("-")[0] for path in (copied.folder / "replaced").iterdir())
+    assert kept == ["evaluation", "export", "student"]
+
+
+def temperature_of(run):
+    return yaml.safe_load((run.folder / "recipe.yaml").read_text())["distillation"]["temperature"]
+
+
+def test_an_unfinished_training_survives_another_setting(warm, copied):
+    (copied.folder / "student" / "record.json").unlink()
+    change = ["--set", "distillation.temperature=2"]
+    finished = warm.run("train", copied.folder, *change, home=copied.home)
+    assert "student: made with other settings before, kept in" in finished.err
+    [kept] = (copied.folder / "replaced").glob("student-*")
+    assert (kept / "checkpoint.pt").exists()
+
+
+def test_the_number_of_threads_is_no_reason_to_train_again(warm, copied):
+    finished = warm.run("distill", copied.folder, "--set", "device.num_threads=2", home=copied.home)
+    assert finished.code == 0, finished.err
+    assert started(finished) == []
+
+
 def test_a_report_of_records_that_do_not_belong_together_is_refused(warm, copied):
     change = ["--set", "distillation.temperature=2"]
     assert warm.run("train", copied.folder, *change, home=copied.home).code == 0

@@ -47,6 +47,7 @@ def profile(run: Run) -> Record:
     """
     teacher = run.parent("teacher", "teach")
     section = run.recipe.section("labelling", "device", "views", "measurement")
+    section["num_threads"] = run.recipe.device.num_threads  # which times depend on
     stage = run.begin(PROFILE_NAME, section=section, parents={"teacher": teacher.hash})
     if stage.record is not None:
         return stage.record

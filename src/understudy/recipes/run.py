@@ -40,6 +40,8 @@ from understudy.recipes.strategies import Ensemble, Mutual
 from understudy.runtime import derive_seed
 
 KEY_NAME = "key"
+# Stages' folders of other settings, each with the start of its key.
+REPLACED_NAME = "replaced"
 
 
 def home_folder() -> Path:
@@ -269,26 +271,56 @@ class Run:
     ) -> Stage:
         """Start a stage, or find that it is finished: then ``stage.record`` is its record.
 
-        Work that an earlier process left unfinished stays in the folder if it belongs to the same
-        key; anything else in the folder is removed. ``holds`` says whether what a record describes
-        besides the files in its folder is still so.
+        Work of the same key that an earlier process left goes on. Work of another key is set aside
+        in ``replaced``, and taken back when its settings are: hours of training are not lost
+        because a setting was tried. ``holds`` says whether what a record describes besides the
+        files in its folder is still so.
         """
         key, folder = stage_key(kind, section, parents), self.folder / kind
         title = f"{self.step}/{kind}" if self.step else kind
         stage = Stage(kind, folder, key, self.recipe.seed, dict(section), dict(parents))
+        self._change_folders(kind, key, title)
         record = reusable_record(folder, key)
         if record is not None and holds(record):
             stage.record = record
             log.info("%s: unchanged, reused", title)
             self.reused.add(kind)
             return stage
-        key_file = folder / KEY_NAME
-        if folder.exists() and (not key_file.exists() or key_file.read_text() != key):
-            shutil.rmtree(folder)
         (folder / RECORD_NAME).unlink(missing_ok=True)
-        write_text(key_file, key)
+        write_text(folder / KEY_NAME, key)
         log.info("%s: started", title)
         return stage
+
+    def _change_folders(self, kind: str, key: str, title: str) -> None:
+        """Set the folder of a stage aside where it is of another key; take back what is of this."""
+        folder = self.folder / kind
+        if folder.exists() and (found := key_in(folder)) != key:
+            if found is None:
+                shutil.rmtree(folder)  # of nothing that could be taken back
+            else:
+                aside = self.folder / REPLACED_NAME / f"{kind}-{found[:12]}"
+                log.info("%s: made with other settings before, kept in %s", title, aside)
+                move_folder(folder, aside)
+        aside = self.folder / REPLACED_NAME / f"{kind}-{key[:12]}"
+        if not folder.exists() and key_in(aside) == key:
+            log.info("%s: taken back from %s", title, aside)
+            move_folder(aside, folder)
+
+
+def key_in(folder: Path) -> str | None:
+    """Return the key of the work in a stage's folder, None where there is none."""
+    try:
+        return (folder / KEY_NAME).read_text()
+    except OSError:
+        return None
+
+
+def move_folder(folder: Path, to: Path) -> None:
+    """Move a folder to another name on the same disk, in the place of what is there."""
+    if to.exists():
+        shutil.rmtree(to)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    folder.replace(to)
 
 
 @dataclass

@@ -193,6 +193,9 @@ class Recipe(Section):
                 "strategy": {"teachers": {"__all__": {"checkpoint"}}},
             },
         )
+        if "device" in values:
+            # As with null, which is all cores of whatever machine: a matter of speed and rounding.
+            values["device"]["num_threads"] = None
         return {name: values[name] for name in names}
 
 
