@@ -15,7 +15,7 @@ from understudy.evaluate.browser import BrowserRun
 from understudy.evaluate.c_size import c_model_size, compiled_bytes
 from understudy.evaluate.profile import profile_command
 from understudy.evaluate.runtime_files import runtime_file
-from understudy.evaluate.tflm_arena import smallest_arena
+from understudy.evaluate.tflm_arena import arena_bytes
 from understudy.export.target import ExportSource, find_target
 
 SHAPE = (1, 8, 8)
@@ -78,7 +78,7 @@ def test_a_releases_folder_runs_as_its_record_says(tflm, tmp_path):
 
 def test_an_arena_that_is_not_found_is_none(tmp_path):
     (tmp_path / "broken.tflite").write_bytes(b"nothing")
-    assert smallest_arena(tmp_path / "broken.tflite") is None
+    assert arena_bytes(tmp_path / "broken.tflite") is None
 
 
 def test_a_runtime_that_there_is_none_of_is_one_clear_error(tmp_path):

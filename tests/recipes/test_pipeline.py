@@ -103,6 +103,16 @@ def test_an_unfinished_training_survives_another_setting(warm, copied):
     assert (kept / "checkpoint.pt").exists()
 
 
+def test_a_folder_without_its_key_is_judged_by_its_record_and_never_deleted(warm, copied):
+    (copied.folder / "student" / "key").unlink()
+    finished = warm.run("distill", copied.folder, home=copied.home)
+    assert started(finished) == []
+    (copied.folder / "student" / "record.json").unlink()
+    (copied.folder / "student" / "mine.txt").write_text("of a user")
+    assert warm.run("train", copied.folder, home=copied.home).code == 0
+    assert (copied.folder / "replaced" / "student-unknown" / "mine.txt").exists()
+
+
 def test_the_number_of_threads_is_no_reason_to_train_again(warm, copied):
     finished = warm.run("distill", copied.folder, "--set", "device.num_threads=2", home=copied.home)
     assert finished.code == 0, finished.err

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;
 SIXTEEN_BIT_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 SIDEWAYS = frozenset({5, 6, 7, 8})
 SAMPLE_ID_BYTES = 16
+# What becomes of a picture of another size than a network's.
+ResizeRule = Literal["shorter_side_center_crop", "stretch"]
 
 
 class BrokenImageError(ValueError):

@@ -19,7 +19,7 @@ from understudy.evaluate.memory import Memory, measure_memory
 from understudy.evaluate.remote import Ssh, measure_remote
 from understudy.evaluate.runtime_files import RuntimeFile, Source, runtime_file
 from understudy.evaluate.text_table import human_bytes, text_table
-from understudy.evaluate.tflm_arena import smallest_arena
+from understudy.evaluate.tflm_arena import arena_bytes
 from understudy.progress import Progress, silent
 
 NUM_EMULATED_IMAGES = 20
@@ -152,7 +152,7 @@ def profile_artifact(
         latency=latency,
         memory=memory,
         energy=energy,
-        arena_bytes=smallest_arena(file.path) if file.runtime == "tflm" and ssh is None else None,
+        arena_bytes=arena_bytes(file.path) if file.runtime == "tflm" and ssh is None else None,
     )
     if device is None:
         return profile

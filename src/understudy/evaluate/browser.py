@@ -135,18 +135,28 @@ def run_in_browser(
         return pool.submit(run).result()
 
 
-def _check_request(artifact: Artifact, images_NCHW: np.ndarray) -> dict[str, Any]:
+def page_description(folder: Path) -> tuple[dict[str, Any], tuple[int, int, int]]:
+    """Return what model.json of a page says, and the (C, H, W) of its pictures.
+
+    Raises:
+        InputError: there is no page in the folder.
+    """
     try:
-        description: dict[str, Any] = json.loads((artifact.folder / "model.json").read_text())
-        image_shape = tuple(description["image_shape"])
+        description: dict[str, Any] = json.loads((folder / "model.json").read_text())
+        channels, height, width = map(int, description["image_shape"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             problem(
-                f"{artifact.folder} holds no page ({type(error).__name__}: {error})",
+                f"{folder} holds no page ({type(error).__name__}: {error})",
                 expected="the folder that the export target 'web' made",
-                mend="Export the student again.",
+                mend="Name that folder, or export the student again.",
             )
         ) from error
+    return description, (channels, height, width)
+
+
+def _check_request(artifact: Artifact, images_NCHW: np.ndarray) -> dict[str, Any]:
+    description, image_shape = page_description(artifact.folder)
     if (
         images_NCHW.dtype != np.uint8
         or images_NCHW.shape[1:] != image_shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +115,10 @@ def profile_page(
                 mend="Leave that out, or profile the ONNX file in the folder: --runtime onnx.",
             )
         )
-    from understudy.evaluate.browser import run_in_browser
+    from understudy.evaluate.browser import page_description, run_in_browser
 
     artifact = _artifact(path if path.is_dir() else path.parent)
-    shape = _image_shape(artifact.folder)
+    _, shape = page_description(artifact.folder)
     random = np.random.default_rng(SEED)
     found = run_in_browser(artifact, random.integers(0, 256, (NUM_IMAGES, *shape), dtype=np.uint8))
     measurement = {
@@ -172,18 +171,3 @@ def _artifact(folder: Path) -> Artifact:
         return Artifact(RUNTIME, recorded["precision"], folder, tuple(recorded["files"]))
     others = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != PAGE_NAME)
     return Artifact(RUNTIME, "float32", folder, (PAGE_NAME, *others))
-
-
-def _image_shape(folder: Path) -> tuple[int, int, int]:
-    try:
-        description = json.loads((folder / "model.json").read_text())
-        channels, height, width = map(int, description["image_shape"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            problem(
-                f"{folder} holds no page ({type(error).__name__}: {error})",
-                expected="the folder that the export target 'web' made",
-                mend="Name that folder, or leave --runtime web out.",
-            )
-        ) from None
-    return channels, height, width

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from understudy.data.decode import (
     MAX_PIXELS,
     BrokenImageError,
     Pixels,
+    ResizeRule,
     decode_into,
     quiet_decoding,
     read_header,
@@ -43,8 +44,6 @@ DESCRIPTION_NAME = "model.json"
 DESCRIPTION_FORMAT = 2
 MAX_FILE_BYTES = 64 * 2**20
 
-# What becomes of a picture of another size, in the words of a package's manifest.
-ResizeRule = Literal["shorter_side_center_crop", "stretch"]
 DEFAULT_RESIZE: ResizeRule = "shorter_side_center_crop"
 # What picture.js does with a picture of any size; ``picture_pixels`` is the same in Python.
 PREPROCESSING = {

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from understudy.artifacts import content_hash
+from understudy.data.decode import ResizeRule
 from understudy.errors import InputError, problem
 from understudy.settings import Section
 
@@ -33,8 +34,6 @@ FETCH_AGAIN = "Get the package again from where it came, or write it again."
 
 # What runs one of these compiles and runs code out of the package, where others read data.
 CODE_TARGETS = frozenset({"c"})
-
-ResizeRule = Literal["shorter_side_center_crop", "stretch"]
 
 
 def unsafe_name(name: str) -> str | None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 import understudy
 from understudy.artifacts import ASIDE_NAME, atomic_path, file_hash
+from understudy.data.decode import ResizeRule
 from understudy.errors import InputError, problem
 from understudy.package import c_runner
 from understudy.package.card import CARD_NAME, ModelCard, render_card
@@ -26,7 +27,6 @@ from understudy.package.manifest import (
     ArtifactEntry,
     Manifest,
     Preprocessing,
-    ResizeRule,
     manifest_text,
     seal,
     unsafe_name,

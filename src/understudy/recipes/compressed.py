@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from understudy.artifacts import Record, content_hash
+from understudy.data.decode import ResizeRule
 from understudy.export.target import ExportSource, Precision
 from understudy.models.reshape import apply_channel_shapes
-from understudy.package.manifest import ResizeRule
 from understudy.recipes.networks import WEIGHTS_NAME, build_model
 from understudy.recipes.run import Run
 

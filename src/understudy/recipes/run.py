@@ -279,8 +279,9 @@ class Run:
         key, folder = stage_key(kind, section, parents), self.folder / kind
         title = f"{self.step}/{kind}" if self.step else kind
         stage = Stage(kind, folder, key, self.recipe.seed, dict(section), dict(parents))
-        self._change_folders(kind, key, title)
-        record = reusable_record(folder, key)
+        if (record := reusable_record(folder, key)) is None:
+            self._change_folders(kind, key, title)
+            record = reusable_record(folder, key)
         if record is not None and holds(record):
             stage.record = record
             log.info("%s: unchanged, reused", title)
@@ -295,12 +296,9 @@ class Run:
         """Set the folder of a stage aside where it is of another key; take back what is of this."""
         folder = self.folder / kind
         if folder.exists() and (found := key_in(folder)) != key:
-            if found is None:
-                shutil.rmtree(folder)  # of nothing that could be taken back
-            else:
-                aside = self.folder / REPLACED_NAME / f"{kind}-{found[:12]}"
-                log.info("%s: made with other settings before, kept in %s", title, aside)
-                move_folder(folder, aside)
+            aside = self.folder / REPLACED_NAME / f"{kind}-{(found or 'unknown')[:12]}"
+            log.info("%s: made with other settings before, kept in %s", title, aside)
+            move_folder(folder, aside)
         aside = self.folder / REPLACED_NAME / f"{kind}-{key[:12]}"
         if not folder.exists() and key_in(aside) == key:
             log.info("%s: taken back from %s", title, aside)

@@ -16,6 +16,7 @@ import numpy as np
 PACKAGES = ("tflite-micro", "numpy")
 MIN_ARENA_BYTES = 1 << 16
 MAX_ARENA_BYTES = 1 << 28
+ARENA_STEP_BYTES = 16
 
 
 @contextlib.contextmanager
@@ -30,6 +31,27 @@ def _quiet() -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
+
+
+def smallest_arena(
+    runtime: Any, content: bytes, *, too_few: int = 0, enough: int = MAX_ARENA_BYTES
+) -> int:
+    """Return the bytes that an arena must have: laying it out takes more than is used then.
+
+    Args:
+        runtime: tflite-micro's module of that name.
+        too_few, enough: what is known to be so, bytes.
+    """
+    too_few, enough = too_few // ARENA_STEP_BYTES, enough // ARENA_STEP_BYTES
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        try:
+            runtime.Interpreter.from_bytes(content, arena_size=middle * ARENA_STEP_BYTES)
+        except RuntimeError:
+            too_few = middle
+        else:
+            enough = middle
+    return enough * ARENA_STEP_BYTES
 
 
 class TflmModel:

@@ -11,14 +11,17 @@ import numpy as np
 from understudy.artifacts import write_bytes
 from understudy.errors import ModelError
 from understudy.export import tflite_file, tflite_int8
+from understudy.export.runtimes.tflm import (
+    ARENA_STEP_BYTES,
+    MAX_ARENA_BYTES,
+    smallest_arena,
+)
 from understudy.export.target import Artifact, ExportSource, Precision, require_package
 from understudy.export.tracing import cannot_export, quiet
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
 RUNS_HERE = True
 FILE_NAME = "student.tflite"
-MAX_ARENA_BYTES = 1 << 28
-ARENA_STEP_BYTES = 16
 NOTES = (
     "arena_bytes was counted by the interpreter on this machine, whose pointers have 64 bits; a "
     "32-bit microcontroller needs less.",
@@ -68,7 +71,9 @@ def _try_out(micro: Any, content: bytes) -> dict[str, Any]:
         except RuntimeError as error:
             raise _failure(content, printed(), str(error)) from error
         found = {name: int(size) for name, size in _ARENA.findall(printed())}
-        arena_bytes = _smallest_arena(micro, content, used_bytes=found["total"])
+        used = found["total"]
+        bounds = {"too_few": used - ARENA_STEP_BYTES, "enough": 2 * used + 4096}
+        arena_bytes = smallest_arena(micro, content, **bounds)
     return {
         "arena_bytes": arena_bytes,
         "arena_used_bytes": found["total"],
@@ -76,20 +81,6 @@ def _try_out(micro: Any, content: bytes) -> dict[str, Any]:
         "arena_persistent_bytes": found["tail"],
         "flash_bytes": len(content),
     }
-
-
-def _smallest_arena(micro: Any, content: bytes, *, used_bytes: int) -> int:
-    """Return the bytes that an arena must have: laying it out takes more than is used then."""
-    too_few, enough = used_bytes // ARENA_STEP_BYTES - 1, used_bytes // ARENA_STEP_BYTES * 2 + 256
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        try:
-            micro.Interpreter.from_bytes(content, arena_size=middle * ARENA_STEP_BYTES)
-        except RuntimeError:
-            too_few = middle
-        else:
-            enough = middle
-    return enough * ARENA_STEP_BYTES
 
 
 def _failure(content: bytes, printed: str, reason: str) -> ModelError:
