@@ -86,7 +86,8 @@ def test_a_teacher_that_would_become_another_one_is_told_before_it_is_trained(
 ):
     folder, _ = searched
     before = files_of(folder / "s" / "base" / "teacher")
-    other = warm.run("search", folder / "s", "--set", "device.num_threads=2", home=folder / "home")
+    change = ("--set", "device.num_processes=2")
+    other = warm.run("search", folder / "s", *change, home=folder / "home")
     assert other.code == 2
     assert "is a search with another device of the training of the teacher" in other.err
     assert "teacher: started" not in other.err
