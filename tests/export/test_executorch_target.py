@@ -3,6 +3,8 @@ import sys
 import pytest
 import torch
 from edge_student import (
+    CLASS_NAMES,
+    SMALL_SHAPE,
     digits_source,
     digits_test,
     model_logits,
@@ -12,9 +14,10 @@ from edge_student import (
     separable_source,
     small_images,
 )
+from torch import nn
 
 from understudy.errors import InputError, MissingExtraError, ModelError
-from understudy.export.target import find_target, open_artifact, run_artifact
+from understudy.export.target import ExportSource, find_target, open_artifact, run_artifact
 
 pytest.importorskip("executorch", reason="the extra 'executorch' is not installed")
 pytestmark = pytest.mark.slow
@@ -95,6 +98,31 @@ def test_the_mean_as_a_sum_and_a_division_goes_to_xnnpack(tmp_path):
     assert artifact.facts["not_delegated"] == []
     logits_NK = run_artifact(open_artifact(artifact), images_NCHW)
     assert relative_difference(logits_NK, model_logits(source, images_NCHW)) < 1e-4
+
+
+class Averaged(nn.Module):
+    """Its features have some ten times the range of their mean over the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Conv2d(3, 8, 3, bias=False)
+        self.linear = nn.Linear(8, 10, bias=False)
+
+    def forward(self, images_NCHW):
+        return self.linear(self.features(images_NCHW - 0.5).mean((2, 3)))
+
+
+def test_a_global_mean_is_rounded_in_a_range_of_its_own(tmp_path):
+    images_NCHW = small_images(20)
+    source = ExportSource(
+        Averaged().eval(), SMALL_SHAPE, CLASS_NAMES, calibration_NCHW=small_images(64)
+    )
+    artifact = export(source, tmp_path, "int8")
+    assert artifact.facts["not_delegated"] == []
+    logits_NK = run_artifact(open_artifact(artifact), images_NCHW)
+    # 0.012; in the range of the features 0.087.
+    assert relative_difference(logits_NK, model_logits(source, images_NCHW)) < 0.03
 
 
 def test_an_operator_without_a_place_is_named_with_its_layer(tmp_path):

@@ -1,4 +1,4 @@
-"""LiteRT and TFLM files keep the ranges that quantisation-aware training learned."""
+"""int8 files of every runtime keep the ranges that quantisation-aware training learned."""
 
 import dataclasses
 
@@ -18,9 +18,15 @@ from understudy.export.target import ExportSource, find_target
 from understudy.models.build import NormalizedModel
 from understudy.models.inverted import InvertedResidualNet
 
-pytest.importorskip("litert_torch", reason="the extra 'tflite' is not installed")
 pytest.importorskip("torchao", reason="the extra 'compress' is not installed")
 pytestmark = pytest.mark.slow
+
+
+PACKAGES = {"executorch": "executorch", "tflite": "litert_torch", "tflm": "tflite_micro"}
+
+
+def need(target):
+    pytest.importorskip(PACKAGES[target], reason=f"the extra '{target}' is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +67,9 @@ def test_a_row_for_each_run_of_a_layer(source):
     assert rows[-1].outputs is None, "logits stay as they are"
 
 
-@pytest.mark.parametrize("name", ["tflite", "tflm"])
+@pytest.mark.parametrize("name", sorted(PACKAGES))
 def test_the_file_answers_as_the_trained_network_does(name, source, tmp_path):
+    need(name)
     images_NCHW = small_images(20)
     wanted_NK = source.quantized(images_NCHW.float() / 255)
     differences = []
@@ -93,7 +100,7 @@ def activation_scales(path):
 
 @pytest.mark.parametrize("name", ["tflite", "tflm"])
 def test_scales_are_the_learned_ones_and_a_constant_factor_rounds_nothing(name, source, tmp_path):
-    pytest.importorskip("tflite_micro", reason="the extra 'tflm' is not installed")
+    need(name)
     artifact = find_target(name).export(source, tmp_path, precision="int8")
     operators = activation_scales(artifact.path)
     layers = [row for row in operators if row[0] in ("CONV_2D", "DEPTHWISE_CONV_2D")]
@@ -111,11 +118,13 @@ def test_scales_are_the_learned_ones_and_a_constant_factor_rounds_nothing(name, 
     assert len(sixths) == 4
 
 
-def test_ranges_of_another_network_are_not_taken(source, tmp_path):
+@pytest.mark.parametrize("name", ["executorch", "tflite"])
+def test_ranges_of_another_network_are_not_taken(name, source, tmp_path):
+    need(name)
     other = separable_source()
     files = []
     for quantized in (None, source.quantized):
         given = dataclasses.replace(other, quantized=quantized)
-        artifact = find_target("tflite").export(given, tmp_path, precision="int8")
+        artifact = find_target(name).export(given, tmp_path, precision="int8")
         files.append(artifact.path.read_bytes())
     assert files[0] == files[1]

@@ -10,14 +10,14 @@ from torch.fx import GraphModule, Node
 from understudy.export.tracing import module_name
 
 _ATEN = torch.ops.aten
-_WEIGHTED = (
+WEIGHTED = (
     _ATEN.conv1d.default,
     _ATEN.conv2d.default,
     _ATEN.conv2d.padding,
     _ATEN.linear.default,
 )
 # Done within the kernel of the layer before them.
-_FUSED = (_ATEN.relu.default, _ATEN.relu_.default, _ATEN.relu6.default, _ATEN.hardtanh.default)
+FUSED = (_ATEN.relu.default, _ATEN.relu_.default, _ATEN.relu6.default, _ATEN.hardtanh.default)
 
 Bounds = tuple[float, float]
 
@@ -40,7 +40,7 @@ def learned_ranges(graph: GraphModule) -> list[LayerRanges]:
     """Return the ranges of a ``convert_pt2e`` graph, a row each run of a layer, in their order."""
     rows = []
     for node in graph.graph.nodes:
-        if node.target in _WEIGHTED:
+        if node.target in WEIGHTED:
             features = node.args[0]
             inputs = _range(features) if _is(features, "dequantize_per_tensor") else None
             rows.append(LayerRanges(module_name(node), inputs, _output_range(node)))
@@ -49,7 +49,7 @@ def learned_ranges(graph: GraphModule) -> list[LayerRanges]:
 
 def _output_range(node: Node) -> Bounds | None:
     users = list(node.users)
-    while len(users) == 1 and users[0].target in _FUSED:
+    while len(users) == 1 and users[0].target in FUSED:
         users = list(users[0].users)
     if len(users) == 1 and _is(users[0], "quantize_per_tensor"):
         return _range(users[0])

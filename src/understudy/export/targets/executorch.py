@@ -14,13 +14,12 @@ from torch.fx import GraphModule, Node
 
 from understudy.artifacts import write_bytes
 from understudy.errors import UnderstudyError
+from understudy.export.executorch_int8 import quantize
 from understudy.export.onnx_file import portable_copy
 from understudy.export.target import Artifact, ExportSource, Precision, require_package
 from understudy.export.tracing import (
-    calibration_batches,
     cannot_export,
     check_float_layers,
-    inside,
     layer_of,
     module_name,
     quiet,
@@ -30,8 +29,6 @@ from understudy.export.tracing import (
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8")
 RUNS_HERE = True
 FILE_NAME = "student.pte"
-MAX_CALIBRATION_IMAGES = 500
-CALIBRATION_BATCH_SIZE = 50
 
 # How the lowering says that it has no operator.
 _NO_OPERATOR = re.compile(
@@ -44,8 +41,7 @@ def export(source: ExportSource, folder: Path, *, precision: Precision) -> Artif
     """Write ``student.pte``.
 
     It takes one image: with an open batch size the global mean, and with it the classifier, would
-    not go to XNNPACK. int8 is ExecuTorch's own static scheme for XNNPACK: activations by tensor,
-    weights symmetric by channel.
+    not go to XNNPACK.
 
     Raises:
         MissingExtraError, ModelError: as ``Target.export``.
@@ -64,7 +60,7 @@ def export(source: ExportSource, folder: Path, *, precision: Precision) -> Artif
         graph = program.module()
         _simplify(graph)
         if calibration_NCHW is not None:
-            graph = _quantize(graph, calibration_NCHW, source.float_layers)
+            graph = quantize(graph, source)
         _split_addcmul(graph)
         captured = trace(graph, example_NCHW[:1], target="executorch")
         content, facts = _lower(captured, model, example_NCHW)
@@ -167,33 +163,6 @@ def _split_addcmul(graph: GraphModule) -> None:
         node.replace_all_uses_with(total)
         graph.graph.erase_node(node)
     graph.recompile()
-
-
-def _quantize(
-    graph: GraphModule, calibration_NCHW: Tensor, float_layers: tuple[str, ...]
-) -> GraphModule:
-    quantizing = require_package(
-        "executorch.backends.xnnpack.quantizer.xnnpack_quantizer",
-        target="executorch",
-        package="executorch",
-    )
-    pt2e = require_package("torchao.quantization.pt2e.quantize_pt2e", target="executorch")
-    quantizer = quantizing.XNNPACKQuantizer()
-    # Preparing folds batch norm; looking for it after that takes longer than all the rest.
-    quantizer.SUPPORTED_PATTERNS = [
-        pattern for pattern in quantizer.SUPPORTED_PATTERNS if not pattern.is_qat
-    ]
-    quantizer.set_global(quantizing.get_symmetric_quantization_config(is_per_channel=True))
-    # Its ``set_module_name`` refuses None, which would have meant "leave it in float32".
-    quantizer.set_filter_function(lambda node: not inside(module_name(node), float_layers))
-    prepared = pt2e.prepare_pt2e(graph, quantizer)
-    with torch.no_grad():
-        for images_NCHW in calibration_batches(
-            calibration_NCHW, max_images=MAX_CALIBRATION_IMAGES, size=CALIBRATION_BATCH_SIZE
-        ):
-            prepared(images_NCHW)
-    quantized: GraphModule = pt2e.convert_pt2e(prepared)
-    return quantized
 
 
 def _lower(
