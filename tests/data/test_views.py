@@ -193,7 +193,7 @@ def test_a_teacher_sees_mixed_views_throughout(images):
     spec = [{"flip": None}, {"cutmix": {"probability": 1, "until_view": 1}}]
     whole = Views(mixed_throughout(spec), seed=0, partner_pool=POOL)
     always = Views([{"flip": {}}, {"cutmix": {"probability": 1}}], seed=0, partner_pool=POOL)
-    assert whole.fingerprint == always.fingerprint
+    assert whole.fingerprint(5) == always.fingerprint(5)
     assert not torch.equal(
         view_of(whole, images, everyone, 5)[0],
         view_of(Views(spec, seed=0, partner_pool=POOL), images, everyone, 5)[0],
@@ -207,8 +207,8 @@ def test_mixup_may_leave_later_views_to_cutmix():
 
 
 def test_the_fingerprint_changes_with_all_that_pixels_depend_on():
-    def fingerprint(spec, seed=0, pool=POOL):
-        return Views(spec, seed=seed, partner_pool=pool).fingerprint
+    def fingerprint(spec, seed=0, pool=POOL, view=0):
+        return Views(spec, seed=seed, partner_pool=pool).fingerprint(view)
 
     flip = [{"flip": {}}]
     assert fingerprint(flip) == fingerprint([{"flip": {"probability": 0.5}}])
@@ -221,9 +221,24 @@ def test_the_fingerprint_changes_with_all_that_pixels_depend_on():
         fingerprint([]),
         fingerprint(mix),
         fingerprint(mix, pool=POOL[:3]),
-        fingerprint([{"mixup": {"until_view": 1}}]),
+        fingerprint([{"mixup": None}, {"flip": None}]),
     }
     assert len(prints) == 6
+
+
+def test_the_fingerprint_of_a_view_is_not_changed_by_what_others_do():
+    def prints(*spec, pool=POOL):
+        views = Views(spec, seed=0, partner_pool=pool)
+        return [views.fingerprint(view) for view in range(4)]
+
+    flip, cutmix = {"flip": None}, {"cutmix": None}
+    longer, shorter = ({"cutmix": {"until_view": number}} for number in (3, 2))
+    mixed, plain = prints(flip, cutmix), prints(flip)
+    assert prints(flip, longer) == mixed[:3] + plain[3:]
+    assert prints(flip, shorter) == mixed[:2] + plain[2:]
+    assert prints(flip, shorter, pool=POOL[:3])[2:] == plain[2:]
+    # The draws of what stands behind depend on its place.
+    assert prints(shorter, flip)[2] != plain[2]
 
 
 def test_pixels_of_this_version_are_pinned():

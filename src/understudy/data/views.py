@@ -123,6 +123,7 @@ class Views:
         names = [name for entry in self.spec for name in entry]
         self.mixes = any(name in VIEW_MIXINGS for name in names)
         self._partner_pool = partner_pool.cpu().to(torch.int64).numpy()
+        self._pool_hash = hashlib.sha256(self._partner_pool.tobytes()).hexdigest()
         if self.mixes and len(self._partner_pool) == 0:
             raise DataError(
                 problem(
@@ -139,15 +140,21 @@ class Views:
         self._fitting_shapes: set[tuple[int, ...]] = set()
         self._partner_key = stream_key(seed, "views", "partner")
 
-    @property
-    def fingerprint(self) -> str:
-        """Hex hash of all that the pixels of a view depend on, besides sample, view and data."""
-        pool = hashlib.sha256(self._partner_pool.tobytes()).hexdigest() if self.mixes else None
+    def fingerprint(self, view: int) -> str:
+        """Return a hex hash of all that the pixels of this view depend on, besides sample and data.
+
+        What other views do does not count: another ``until_view`` leaves the hash of every view
+        that it does not change.
+        """
+        spec = [_in_view(entry, view) for entry in self.spec]
+        while spec and not spec[-1]:
+            spec.pop()
+        mixes = any(name in VIEW_MIXINGS for entry in spec for name in entry)
         content = {
             "pixels_version": PIXELS_VERSION,
-            "spec": self.spec,
+            "spec": spec,
             "seed": self.seed,
-            "partner_pool": pool,
+            "partner_pool": self._pool_hash if mixes else None,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -249,6 +256,15 @@ def _step(position: int, entry: Mapping[str, Mapping[str, Any]], seed: int) -> _
         num_blocks=-(-(1 + NUM_DRAWS[name]) // WORDS_PER_BLOCK),
         until_view=parameters.get("until_view"),
     )
+
+
+def _in_view(entry: Mapping[str, dict[str, Any]], view: int) -> dict[str, dict[str, Any]]:
+    """Return a transform as it is in this view; {} keeps the place of one that is not in it."""
+    [(name, parameters)] = entry.items()
+    until_view = parameters.get("until_view")
+    if until_view is not None and view >= until_view:
+        return {}
+    return {name: {key: value for key, value in parameters.items() if key != "until_view"}}
 
 
 def _chain(steps: Sequence[_Step]) -> _Chain:

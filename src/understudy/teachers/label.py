@@ -54,11 +54,13 @@ def view_keys(
 
     ``output`` is "logits", or the key of a tap for its features.
     """
-    transform = views.fingerprint if views is not None else "untouched"
     seed = views.seed if views is not None else 0
+    transforms = ["untouched"]
+    if views is not None:
+        transforms = [views.fingerprint(view) for view in range(num_views)]
     return [
         StoreKey(teacher, source.facts.fingerprint, transform, seed, view, precision, output)
-        for view in range(num_views if views is not None else 1)
+        for view, transform in enumerate(transforms)
     ]
 
 
