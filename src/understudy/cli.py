@@ -27,6 +27,7 @@ from understudy.errors import (
     EXIT_BUDGET_MISSED,
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
+    InputError,
     MissingExtraError,
     UnderstudyError,
 )
@@ -226,12 +227,22 @@ def export(recipe: RunArgument, changes: SetOption = None, out: OutOption = None
 
 @app.command()
 def compress(
-    recipe: RecipeArgument = None, changes: SetOption = None, out: OutOption = None
+    recipe: RecipeArgument = None,
+    steps_of: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="RECIPE",
+            help="Of a run: compress it by the steps of this recipe; it is not trained again.",
+        ),
+    ] = None,
+    changes: SetOption = None,
+    out: OutOption = None,
 ) -> None:
     """Make the student smaller: prune and quantise, each step behind its gates."""
     from understudy import stages
 
-    _show(stages.compress(recipe, changes=changes or (), out=out))
+    _show(stages.compress(recipe, steps_of=steps_of, changes=changes or (), out=out))
 
 
 @app.command()
@@ -248,6 +259,9 @@ def release(
         Path | None,
         typer.Option("--package", metavar="PATH", help="Folder or .zip. Default: RUN/release."),
     ] = None,
+    skip_failed: Annotated[
+        bool, typer.Option("--skip-failed", help="Pack without the targets that failed.")
+    ] = False,
     changes: SetOption = None,
     out: OutOption = None,
 ) -> None:
@@ -256,11 +270,21 @@ def release(
     from understudy.recipes.release_settings import release_changes
 
     asked = [*(changes or ()), *release_changes(targets, device)]
-    released = stages.release(recipe, changes=asked, out=out, package=package)
+    released = stages.release(
+        recipe, changes=asked, out=out, package=package, skip_failed=skip_failed
+    )
     _print(released.outcome)
-    if released.budget_missed:
-        raise typer.Exit(EXIT_BUDGET_MISSED)
-    print(f"package: {released.package}")
+    if released.package is not None:
+        print(f"package: {released.package}")
+        return
+    if released.failed and not (skip_failed and released.budget_missed):
+        lines = [f"{name} was not made: {reason}" for name, reason in released.failed.items()]
+        raise InputError(
+            *lines,
+            "nothing is packed. What was made is kept: run the same command again when that is "
+            "mended, leave these targets out, or pack without them (--skip-failed)",
+        )
+    raise typer.Exit(EXIT_BUDGET_MISSED)
 
 
 @app.command()
@@ -282,7 +306,12 @@ def predict(
 @app.command()
 def profile(
     what: Annotated[
-        str, typer.Argument(metavar="ARTIFACT|MODEL", help="A file, a folder, or a network's name.")
+        str,
+        typer.Argument(
+            metavar="ARTIFACT|MODEL",
+            help="A file or its folder; a network: RUN, RUN/teacher, RECIPE.yaml, or a name, as "
+            "resnet20, module:callable, timm:NAME, transformers:NAME.",
+        ),
     ],
     against: Annotated[
         str | None, typer.Option("--against", metavar="OTHER", help="Measured in turns with it.")
@@ -294,7 +323,13 @@ def profile(
     batches: Annotated[list[int] | None, typer.Option("--batch", help="Repeatable.")] = None,
     threads: Annotated[list[str] | None, typer.Option("--threads", help="Or `all`.")] = None,
     shape: Annotated[
-        str | None, typer.Option("--shape", metavar="C,H,W", help="Where the file does not say.")
+        str | None,
+        typer.Option(
+            "--shape", metavar="C,H,W", help="Of a named network, or where a file does not say."
+        ),
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", help="Of a named network. Default: 10.")
     ] = None,
     ssh_options: Annotated[
         list[str] | None, typer.Option("--ssh-option", metavar="KEY=VALUE", help="Repeatable.")
@@ -310,6 +345,7 @@ def profile(
 ) -> None:
     """Time, memory, size and energy of an artifact, or the operators of a network."""
     from understudy.evaluate.profile import profile_command
+    from understudy.recipes.run_network import run_network
 
     print(
         profile_command(
@@ -321,9 +357,11 @@ def profile(
             threads=threads,
             as_json=as_json,
             shape=shape,
+            classes=classes,
             ssh_options=ssh_options or (),
             python=python,
             runtime=runtime,
+            find_network=run_network,
         )
     )
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from understudy.artifacts import Record, exclusive
 from understudy.errors import InputError, problem
-from understudy.package.writing import check_package_path
 from understudy.progress import log
 from understudy.recipes.chain import run_steps
 from understudy.recipes.check import check_recipe, parse_checked
-from understudy.recipes.compress import check_guidance
+from understudy.recipes.compress import check_compression
 from understudy.recipes.compress import compress as compress_stage
+from understudy.recipes.compression_of import with_compression_of
 from understudy.recipes.design import Design, DesignPlan
 from understudy.recipes.design_job import open_design, run_design
 from understudy.recipes.evaluate import evaluate as evaluate_stage
@@ -30,7 +30,7 @@ from understudy.recipes.prepare import split
 from understudy.recipes.rank import checked_candidates, rank
 from understudy.recipes.rank_open import ranking_folder, ranking_recipe
 from understudy.recipes.rank_probe import CANDIDATES_NAME
-from understudy.recipes.release import Release
+from understudy.recipes.release import Release, check_release
 from understudy.recipes.release import release as release_stage
 from understudy.recipes.report import Outcome
 from understudy.recipes.report import report as report_stage
@@ -113,20 +113,33 @@ def train_student(run: Run) -> Record:
 
 
 def compress(
-    recipe: RecipeLike, *, changes: Sequence[str] = (), out: str | Path | None = None
+    recipe: RecipeLike,
+    *,
+    steps_of: str | Path | None = None,
+    changes: Sequence[str] = (),
+    out: str | Path | None = None,
 ) -> Outcome:
     """Make the student smaller by the steps of ``compression``; return the report with them.
 
     The job before is run as ``distill`` runs it, so what is finished is reused. A step that loses
     more than its gates is taken back, and the last good state is kept.
 
+    Args:
+        steps_of: another recipe (a YAML file, a run folder or a shipped name) whose section
+            ``compression`` takes the place of the run's, which ``recipe`` must then be the folder
+            of. It is written into the run's recipe; nothing else is taken.
+
     Raises:
         InputError: something the user gave is wrong, or a limit cannot be reached.
         MissingExtraError: a package is not installed.
     """
+    if steps_of is not None:
+        # Of no run at all, and of a recipe that is not one's folder, it says the same.
+        folder = existing_run(recipe if isinstance(recipe, str | Path) else "(no RUN)")
+        recipe, out = with_compression_of(steps_of, folder, changes), out or folder
     run = open_run(recipe, changes=changes, out=out)
     with working(run, "compress"):
-        check_guidance(run)
+        check_compression(run)
         run_stages(run)
         compress_stage(run)
         return report_stage(run)
@@ -138,26 +151,28 @@ def release(
     changes: Sequence[str] = (),
     out: str | Path | None = None,
     package: str | Path | None = None,
+    skip_failed: bool = False,
 ) -> Release:
     """Compress, export to every target, prove, measure, check the budget, and pack what ships.
+
+    A target of which nothing could be made (an operator that it lacks, files that do not compute
+    what the network computes) is in the report and in ``Release.failed``; the others are finished.
 
     Args:
         out: the run folder, as for ``distill``.
         package: a folder, or a file ending in ``.zip``; by default ``release`` in the run folder.
+        skip_failed: pack what was made where targets failed; otherwise nothing is packed.
 
     Raises:
-        InputError: something the user gave is wrong.
-        MissingExtraError: a target's package is not installed.
-        ParityError: files do not compute what the network computes.
+        InputError: something the user gave is wrong, or a package is not installed: all at once.
     """
     run = open_run(recipe, changes=changes, out=out)
     path = run.folder / "release" if package is None else Path(package)
     with working(run, "release"):
         # Before hours of training.
-        check_package_path(path, overwrite=True)
-        check_guidance(run)
+        check_release(run, path)
         run_stages(run)
-        return release_stage(run, path)
+        return release_stage(run, path, skip_failed=skip_failed)
 
 
 def teach(

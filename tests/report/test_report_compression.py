@@ -73,6 +73,42 @@ def test_fewer_multiply_adds_that_save_no_time_are_an_issue(
     assert verdicts(released)["US017"][0] == status
 
 
+FASTER = {"target": "tflite", "precision": "int8", "speedup": 1.5, "quartiles": [1.4, 1.6]}
+FASTER |= {"num_rounds": 5, "before_ms": 0.3, "after_ms": 0.2}
+NO_FASTER = FASTER | {"target": "c", "speedup": 1.1, "quartiles": [1.0, 1.2]}
+UNKNOWN = {"target": "ncnn", "precision": "float32", "reason": "needs the extra ncnn"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "told"),
+    [
+        ([FASTER], "passed", ["tflite/int8 1.50 times as fast as before"]),
+        ([FASTER, NO_FASTER], "issue", ["c/int8 1.10 times as fast as before; tflite/int8 1.50"]),
+        ([NO_FASTER, UNKNOWN], "issue", ["not measured: ncnn/float32 (needs the extra ncnn)"]),
+        # What was not measured never reads as fine.
+        ([FASTER, UNKNOWN], "skipped", ["tflite/int8 1.50 times", "(needs the extra ncnn)"]),
+    ],
+)
+def test_pruning_is_judged_in_the_runtimes_of_the_release(
+    released: dict[str, Any], rows: list[dict[str, Any]], status: str, told: list[str]
+) -> None:
+    # In a runtime that it is not released for, its speed is no matter.
+    released["compression"]["steps"][0] |= {"speedup": 0.8, "speedup_quartiles": [0.7, 0.9]}
+    released["compression"]["pruned"] = rows
+    found = verdicts(released)["US017"]
+    assert found[0] == status
+    assert all(text in found[1] for text in told)
+    assert "onnx" not in found[1]
+
+
+def test_every_runtimes_times_are_shown(released: dict[str, Any]) -> None:
+    released["compression"]["pruned"] = [FASTER, UNKNOWN]
+    page = plain(render_html(RunResults.from_values(released), ()))
+    assert "one picture in tflite/int8: 1.50 times as fast (quartiles 1.40 to 1.60 of 5" in page
+    assert "0.300 ms before and 0.200 ms after" in page
+    assert "one picture in ncnn/float32: not measured: needs the extra ncnn." in page
+
+
 @pytest.mark.parametrize("measured", [None, 9000])
 def test_a_limit_that_is_not_shown_to_be_kept_is_an_issue(
     released: dict[str, Any], measured: float | None
@@ -123,6 +159,26 @@ def test_files_that_were_not_run_are_said_to_be_unproved(released: dict[str, Any
     assert verdicts(released)["US019"][0] == "tip"
     page = render_html(RunResults.from_values(released), ())
     assert "not run: needs macOS" in page
+
+
+def test_a_target_that_failed_is_a_row_and_an_issue_with_its_reason(
+    released: dict[str, Any],
+) -> None:
+    failed = {"target": "tflite", "precision": "int8", "reason": "it has no operator Det"}
+    released["compression"] |= {"failed": [failed], "artifacts": []}
+    status, message = verdicts(released)["US019"]
+    assert (status, message) == ("issue", "Not made: tflite/int8 (it has no operator Det).")
+    results = RunResults.from_values(released)
+    (row,) = compression_context(results)["artifact_rows"]
+    assert row[:2] == ("tflite/int8", "not made")
+    for text in (render_html(results, ()), render_markdown(results, ())):
+        assert "tflite/int8 was not made: it has no operator Det" in text
+
+
+def test_limits_that_are_left_to_the_release_are_told(released: dict[str, Any]) -> None:
+    released["compression"]["steps"][0]["judged_later"] = ["latency_ms of c", "energy_mj of c"]
+    page = render_html(RunResults.from_values(released), ())
+    assert "prune (l1, global): judged at the release: latency_ms of c, energy_mj of c." in page
 
 
 def test_page_and_markdown_show_it_only_where_there_is_something(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -37,8 +38,9 @@ def write_eager(
     arguments: Mapping[str, Any] = MappingProxyType({}),
     conversions: Mapping[str, Any] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    title: str | None = None,
 ) -> Path:
-    """Write ``NAME.eager.json`` and its weights, and return its path.
+    """Write ``TITLE.eager.json`` and its weights, and return its path.
 
     Args:
         name: a network that ``build_network`` knows, with its ``arguments``.
@@ -46,9 +48,11 @@ def write_eager(
         conversions: arguments of ``NormalizedModel``; None: the network gets the pixels as they
             are.
         weights: of the network, or of the ``NormalizedModel`` where there are conversions; None:
-            fresh weights, which take as long.
+            as it is built, mostly with fresh weights, which take as long.
+        title: what the file is called; None: as the network.
     """
-    stem = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    title = name if title is None else title
+    stem = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in title)
     if weights is not None:
         tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
         write_bytes(folder / f"{stem}.safetensors", save(tensors))
@@ -62,6 +66,8 @@ def write_eager(
             "image_shape": list(image_shape),
             "conversions": None if conversions is None else dict(conversions),
             "weights": None if weights is None else f"{stem}.safetensors",
+            # A process that is started by its script's name looks for modules elsewhere.
+            "search_path": [str(Path(folder).absolute()) for folder in sys.path],
         },
     )
     return path
@@ -73,6 +79,7 @@ class EagerModel:
     def __init__(self, path: Path) -> None:
         try:
             spec = json.loads(path.read_text())
+            sys.path += [folder for folder in spec["search_path"] if folder not in sys.path]
             model: torch.nn.Module = build_network(
                 spec["model"],
                 num_classes=spec["num_classes"],
@@ -94,7 +101,8 @@ class EagerModel:
         self.model = model.eval()
         self.facts: dict[str, Any] = {
             "image_shape": spec["image_shape"],
-            "weights": "fresh" if spec["weights"] is None else "trained",
+            "num_classes": spec["num_classes"],
+            "weights": "as built" if spec["weights"] is None else "trained",
             "memory_format": "NCHW",
             "wait_policy": os.environ.get("OMP_WAIT_POLICY", "the system's default"),
         }

@@ -55,6 +55,7 @@ _MODULE_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (LeakyReLUDropout, "leaky relu and dropout"),
     (FastDropout, "dropout"),
     (nn.modules.dropout._DropoutNd, "dropout"),
+    (nn.Identity, _PYTHON),  # it has no work
 )
 
 
@@ -235,7 +236,7 @@ def _add_parts(annotation: Any, kind: str, sums: dict[str, OperatorSum]) -> None
 
 
 def _operator_kind(name: str) -> str:
-    base = name.removeprefix("aten::").rstrip("_")
+    base = name.removeprefix("aten::").strip("_")
     return _OPERATOR_KINDS.get(base, base).replace("_", " ")
 
 

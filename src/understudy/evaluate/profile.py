@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +18,26 @@ from understudy.evaluate.compare import Comparison, compare_artifacts
 from understudy.evaluate.devices import Device, load_device
 from understudy.evaluate.fresh_process import describe_fresh
 from understudy.evaluate.page_profile import PageProfile, is_page, profile_page
+from understudy.evaluate.profile_network import (
+    DEFAULT_CLASSES,
+    DEFAULT_SHAPE,
+    ImageShape,
+    exported_network,
+    is_network_name,
+    named_network,
+)
 from understudy.evaluate.remote import Ssh
 from understudy.evaluate.runtime_files import RuntimeFile, runtime_file
 from understudy.export.target_names import TARGETS
-from understudy.models.catalog import CATALOG, nearest
+from understudy.models.catalog import CATALOG, PREFIXES, nearest
 from understudy.progress import shown_progress
 from understudy.runtime import num_usable_cores
 
 if TYPE_CHECKING:
     from understudy.evaluate.operators import OperatorTable
 
-ImageShape = tuple[int, int, int]
-DEFAULT_SHAPE = (3, 32, 32)
-NUM_CLASSES = 10
+# A name and a folder to a file that is written there; None where it names nothing of the kind.
+FindNetwork = Callable[[str, Path], RuntimeFile | None]
 SEED = 0
 
 
@@ -56,6 +63,15 @@ class ProfileAnswer:
         return "\n\n".join(part.to_text() for part in parts if part is not None)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a network is built with, where it does not say so itself; None: the defaults."""
+
+    shape: ImageShape | None
+    classes: int | None
+    find_network: FindNetwork
+
+
 def profile_command(
     target: str,
     *,
@@ -66,28 +82,32 @@ def profile_command(
     threads: Sequence[int | str] | None = None,
     as_json: bool = False,
     shape: str | None = None,
+    classes: int | None = None,
     ssh_options: Sequence[str] = (),
     python: str = "python3",
     runtime: str | None = None,
+    find_network: FindNetwork = lambda name, folder: None,
 ) -> str:
     """Return what the command prints.
 
     The pixels are random ones of a fixed seed: speed does not depend on them.
 
     Args:
-        target: an exported file, a folder that holds one, or a built-in network's name, which is
-            run as eager PyTorch with fresh weights.
+        target: an exported file, a folder that holds one, a network's name as ``build_network``
+            takes it, which is run as eager PyTorch, or what ``find_network`` knows.
         against: another one, or for a network an export target to export it for; it is the
             reference of the ratios.
         device: a device profile, by name or file, whose limits are judged.
         host: ``user@device[:port]`` to measure ``target`` on; nothing is compared there.
         batches: None: 1 and 100, of a file for microcontrollers 1.
         threads: numbers or "all"; None: those of the device's profile, 1 without one.
-        shape: "C,H,W" of the pictures; None: as the file says, or 3,32,32 for a network.
+        shape: "C,H,W" of the pictures; None: as the file says, or 3,32,32 for a named network.
+        classes: of a named network; None: 10.
         ssh_options: of ssh, each ``Name=value``, such as ``IdentityFile=PATH``.
         python: Python on the host.
         runtime: an export target that runs ``target``; None: the one that a release's record
             names, or by the file's suffix. A page ("web") is run in a browser.
+        find_network: writes a file for networks that only a caller knows, those of runs.
 
     Raises:
         InputError: what was given is wrong.
@@ -100,20 +120,23 @@ def profile_command(
         page = profile_page(Path(target), device=profile_of, options=options)
         return _shown(ProfileAnswer(page, None, None), as_json=as_json)
     ssh = None if host is None else Ssh(host, options=tuple(ssh_options), python=python)
-    own_threads = (1,) if profile_of is None else (profile_of.threads,)
-    counts = _thread_counts(threads or own_threads, host=host)
-    _check(batches or (1,), against=against, ssh=ssh)
+    counts = _thread_counts(threads or (profile_of.threads if profile_of else 1,), host=host)
+    _check(batches or (1,), classes, names=(target, against or ""), against=against, ssh=ssh)
+    asked = Asked(None if shape is None else parse_shape(shape), classes, find_network)
     with tempfile.TemporaryDirectory(prefix="understudy-") as folder:
-        file = _resolve(target, shape, Path(folder) / "target", runtime)
-        image_shape = _image_shape(file, shape)
-        other = None
-        if against is not None:
-            other = _other(against, target, image_shape, Path(folder) / "against")
-        # The interpreter for microcontrollers is slow here and takes one picture at a time.
-        usual = (1,) if file.runtime == "tflm" else (1, 100)
-        settings = {"batch_sizes": tuple(batches or usual), "num_threads": counts}
+        file = _resolve(target, asked, Path(folder) / "target", runtime)
+        image_shape = asked.shape or _image_shape(file)
+        asked = replace(asked, shape=image_shape)
+        place = Path(folder) / "against"
+        other = None if against is None else _other(against, file, asked, place)
+        settings = {"batch_sizes": tuple(batches or _usual_batches(file)), "num_threads": counts}
         answer = _measured(target, file, other, image_shape, settings, device=profile_of, ssh=ssh)
     return _shown(answer, as_json=as_json)
+
+
+def _usual_batches(file: RuntimeFile) -> tuple[int, ...]:
+    # The interpreter for microcontrollers is slow here and takes one picture at a time.
+    return (1,) if file.runtime == "tflm" else (1, 100)
 
 
 def _measured(
@@ -204,7 +227,14 @@ def _thread_counts(threads: Sequence[int | str], *, host: str | None) -> tuple[i
     return tuple(sorted(set(counts)))
 
 
-def _check(batch: Sequence[int], *, against: str | None, ssh: Ssh | None) -> None:
+def _check(
+    batch: Sequence[int],
+    classes: int | None,
+    *,
+    names: Sequence[str],
+    against: str | None,
+    ssh: Ssh | None,
+) -> None:
     problems = []
     if min(batch) < 1:
         problems.append(
@@ -212,6 +242,16 @@ def _check(batch: Sequence[int], *, against: str | None, ssh: Ssh | None) -> Non
                 f"--batch is {', '.join(map(str, batch))}",
                 expected="whole numbers of at least 1",
                 mend="Correct it.",
+            )
+        )
+    if classes is not None and (classes < 1 or not any(map(is_network_name, names))):
+        given = f"--classes is {classes}"
+        given += " without the name of a network" if classes >= 1 else ""
+        problems.append(
+            problem(
+                given,
+                expected="a whole number of at least 1, for a network that is given by name",
+                mend="Correct or drop it: files and runs have their classes.",
             )
         )
     if against is not None and ssh is not None:
@@ -228,39 +268,54 @@ def _check(batch: Sequence[int], *, against: str | None, ssh: Ssh | None) -> Non
         raise InputError(*problems)
 
 
-def _resolve(
-    target: str, shape: str | None, folder: Path, runtime: str | None = None
-) -> RuntimeFile:
+def _resolve(target: str, asked: Asked, folder: Path, runtime: str | None = None) -> RuntimeFile:
     """Return the file to run: the user's, or one that describes a network, written to folder."""
-    if target in CATALOG and not Path(target).exists():
-        if runtime is not None:
-            raise InputError(
-                problem(
-                    f"--runtime {runtime} with the network '{target}', which PyTorch runs",
-                    expected="an exported file",
-                    mend=f"Name a file, or compare with it: --against {runtime}.",
-                )
-            )
-        from understudy.evaluate.eager import write_eager
-
-        image_shape = DEFAULT_SHAPE if shape is None else parse_shape(shape)
-        path = write_eager(folder, target, num_classes=NUM_CLASSES, image_shape=image_shape)
-        return runtime_file(path)
+    file = asked.find_network(target, folder)
+    if file is None and is_network_name(target):
+        file = named_network(
+            target,
+            folder,
+            image_shape=asked.shape or DEFAULT_SHAPE,
+            num_classes=asked.classes or DEFAULT_CLASSES,
+        )
+    if file is not None:
+        _check_network(target, file, asked, runtime)
+        return file
     path = Path(target)
     if not path.exists():
+        forms = ("module:callable", *PREFIXES.values())
         raise InputError(
             problem(
                 f"there is no file '{target}'{nearest(target, list(CATALOG))}",
-                expected=f"an exported file, or a network: {', '.join(CATALOG)}",
+                expected="an exported file, a run folder, a recipe ending in .yaml, or a network: "
+                f"{', '.join((*CATALOG, *forms))}",
                 mend="Correct it.",
             )
         )
     return runtime_file(path, runtime)
 
 
-def _image_shape(file: RuntimeFile, shape: str | None) -> ImageShape:
-    if shape is not None:
-        return parse_shape(shape)
+def _check_network(target: str, file: RuntimeFile, asked: Asked, runtime: str | None) -> None:
+    """Refuse a network that is to be run as something else than it is."""
+    if runtime not in (None, file.runtime):
+        raise InputError(
+            problem(
+                f"--runtime {runtime} with the network '{target}', which PyTorch runs",
+                expected="an exported file",
+                mend=f"Name a file, or compare with it: --against {runtime}.",
+            )
+        )
+    if asked.shape is not None and asked.shape != (own_shape := _image_shape(file)):
+        raise InputError(
+            problem(
+                f"the pictures are {asked.shape} and those of {target} {own_shape}",
+                expected="pictures of one shape",
+                mend="Leave --shape out, or compare networks for the same pictures.",
+            )
+        )
+
+
+def _image_shape(file: RuntimeFile) -> ImageShape:
     if file.runtime == "onnx":
         told: Any = _onnx_shape(file.path)
     else:
@@ -301,27 +356,11 @@ def _onnx_shape(path: Path) -> list[Any]:
     return list(session.get_inputs()[0].shape[1:])
 
 
-def _other(against: str, target: str, image_shape: ImageShape, folder: Path) -> RuntimeFile:
-    """Return what the target is compared with."""
-    shape = ",".join(map(str, image_shape))
-    if against not in TARGETS or Path(against).exists():
-        return _resolve(against, shape, folder)
-    if target not in CATALOG:
-        raise InputError(
-            problem(
-                f"--against {against} is an export target and '{target}' a file",
-                expected="another file or a network",
-                mend="Name the file that was exported for that target.",
-            )
-        )
-    from understudy.export.target import ExportSource, find_target
-    from understudy.models.build import build_network
-
-    network = build_network(target, num_classes=NUM_CLASSES, image_shape=image_shape)
-    names = tuple(str(label) for label in range(NUM_CLASSES))
-    source = ExportSource(network.eval(), image_shape, names)
-    folder.mkdir(parents=True, exist_ok=True)
-    return runtime_file(find_target(against).export(source, folder, precision="float32"))
+def _other(against: str, file: RuntimeFile, asked: Asked, folder: Path) -> RuntimeFile:
+    """Return what the file is compared with."""
+    if against in TARGETS and not Path(against).exists():
+        return exported_network(against, file, folder)
+    return _resolve(against, asked, folder)
 
 
 def _operators(

@@ -14,6 +14,17 @@ TARGETS: dict[str, str] = {
     "c": "c",
     "web": "web",
 }
+# name -> modules without which none of its files is made and run, each with its package
+TARGET_MODULES: dict[str, dict[str, str]] = {
+    "openvino": {"openvino": "openvino"},
+    "executorch": {"executorch": "executorch"},
+    "tflite": {"litert_torch": "litert-torch", "ai_edge_litert": "ai-edge-litert"},
+    "tflm": {"litert_torch": "litert-torch", "tflite_micro": "tflite-micro"},
+    "ncnn": {"ncnn": "ncnn", "pnnx": "pnnx"},
+    "coreml": {"coremltools": "coremltools"},
+    "c": {"emx_onnx_cgen": "emx-onnx-cgen"},
+    "web": {"playwright": "playwright"},
+}
 # Formats whose tools here make no int8.
 FLOAT_TARGETS = frozenset({"ncnn"})
 # Of ONNX files: the set that the exporter's own operators are written in, and the one that most

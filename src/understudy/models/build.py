@@ -153,7 +153,8 @@ def _call(make: Callable[..., Any], name: str, arguments: dict[str, Any]) -> Any
             problem(
                 f"model '{name}' was given {sorted(arguments)}: {error}",
                 expected=f"arguments of {inspect.signature(make)}",
-                mend="Correct the model's arguments in the recipe.",
+                mend="Correct the model's arguments in the recipe, or name a callable that needs "
+                "no others.",
             )
         ) from None
     except ValueError:  # no signature to check against
@@ -189,7 +190,8 @@ def check_network(
             problem(
                 f"{given} raised {type(error).__name__}: {error}",
                 expected=f"logits of shape [2, {num_classes}]",
-                mend="Choose a network or data.image_size that fit each other.",
+                mend="Choose a network and pictures that fit each other: data.image_size in a "
+                "recipe, --shape of `understudy profile`.",
             )
         ) from error
     finally:
@@ -200,7 +202,8 @@ def check_network(
             problem(
                 f"{given} returned {found}",
                 expected=f"logits of shape (2, {num_classes}), one column a class",
-                mend="Give the network the data's number of classes and return only the logits.",
+                mend="Give the network the data's number of classes (--classes of `understudy "
+                "profile`) and return only the logits.",
             )
         )
 

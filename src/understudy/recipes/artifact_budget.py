@@ -12,8 +12,7 @@ from understudy.evaluate.devices import Device, estimate_time, facts_for
 from understudy.recipes.artifact_energy import device_of
 from understudy.recipes.artifacts import artifact_kind, release_budget, wanted_artifacts
 from understudy.recipes.chain import earlier_seconds
-from understudy.recipes.compress import KIND
-from understudy.recipes.compressed import last_network
+from understudy.recipes.compressed import KIND, last_network
 from understudy.recipes.run import Run
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import json
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from understudy.artifacts import Record
+from understudy.artifacts import RECORD_NAME, Record, write_json
 from understudy.compress.quant_affine import WEIGHT_MAX
-from understudy.errors import InputError, ParityError, problem
+from understudy.errors import ParityError, UnderstudyError, problem
 from understudy.evaluate.accuracy import evaluate_logits
 from understudy.evaluate.budget import Budget, LatencyLimit
 from understudy.evaluate.c_size import compiled_bytes
@@ -33,7 +36,7 @@ from understudy.export.target import (
 from understudy.models.cost import model_cost
 from understudy.progress import log, shown_progress
 from understudy.recipes.artifact_energy import device_of, energy_of
-from understudy.recipes.compressed import Network, export_source, last_network
+from understudy.recipes.compressed import KIND, Network, export_source, last_network
 from understudy.recipes.int8_loss import float_accuracy, float_state, quantised_afterwards
 from understudy.recipes.run import Run, Stage
 
@@ -41,6 +44,8 @@ from understudy.recipes.run import Run, Stage
 BATCH_SIZE = 100
 # So long may the runs of a batch take, picture by picture: the process is stopped after 300 s.
 MAX_SECONDS_ONE_BY_ONE = 280.0
+# In the folder of an artifact that could not be made: why, and of which compression.
+FAILURE_NAME = "failure.json"
 
 
 def artifact_kind(target: str, precision: str) -> str:
@@ -70,39 +75,69 @@ def release_budget(run: Run) -> Budget:
 
 def wanted_artifacts(run: Run, network: Network) -> list[tuple[str, Precision]]:
     """Return target and precision of everything that the recipe ships."""
-    wanted: list[tuple[str, Precision]] = []
-    for text in run.recipe.release.targets:
-        name, _, precision = text.partition("/")
-        wanted.append((name, precision or network.precision))  # type: ignore[arg-type]
-    return list(dict.fromkeys(wanted))
+    targets = run.recipe.release.targets
+    return list(dict.fromkeys(artifact_wanted(text, network) for text in targets))
+
+
+def artifact_wanted(text: str, network: Network) -> tuple[str, Precision]:
+    """Return target and precision of one of the recipe's targets for a state of the student."""
+    name, _, precision = text.partition("/")
+    return name, precision or network.precision  # type: ignore[return-value]
 
 
 def make_artifacts(run: Run, compressed: Record) -> list[Record]:
-    """Return the record of every artifact of the recipe.
+    """Return the record of every artifact of the recipe that could be made.
 
-    Raises:
-        InputError: a target has no such precision.
-        MissingExtraError: a target's package is not installed; nothing is lost.
-        ModelError: an operator that a target lacks, with its layer.
-        ParityError: files that do not compute what the network computes, with the first layer
-            that differs.
+    One that could not (a tool that is missing, an operator that the target lacks, files that do not
+    compute what the network computes) leaves the others alone: see ``failed_artifacts``. It is
+    tried again next time.
     """
     network = last_network(compressed)
-    wanted = wanted_artifacts(run, network)
-    for name, precision in wanted:
-        if precision not in find_target(name).PRECISIONS:
-            raise InputError(
-                problem(
-                    f"the target {name} cannot be {precision}",
-                    expected=f"{name}/{' or '.join(find_target(name).PRECISIONS)}",
-                    mend="Correct release.targets.",
-                )
-            )
     source = export_source(run, network)
-    return [
-        make_artifact(run, compressed, source, find_target(name), name, precision)
-        for name, precision in wanted
-    ]
+    records = []
+    for name, precision in wanted_artifacts(run, network):
+        failure = run.folder / artifact_kind(name, precision) / FAILURE_NAME
+        failure.unlink(missing_ok=True)
+        try:
+            records.append(
+                make_artifact(run, compressed, source, find_target(name), name, precision)
+            )
+        except Exception as error:
+            reason = failure_of(error)
+            log.warning("%s/%s was not made, the others go on: %s", name, precision, reason)
+            details = traceback.format_exception(error)
+            values = {"reason": reason, KIND: compressed.hash, "traceback": details}
+            write_json(failure, values)
+    return records
+
+
+def failure_of(error: Exception) -> str:
+    """Return in a sentence why a target's files could not be made.
+
+    Raises:
+        OSError: the disk is full, which is no fault of the target.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise error
+    if isinstance(error, UnderstudyError):
+        return " ".join(error.problems)
+    # Not foreseen: of a target's own tools, most of them.
+    said = (str(error).strip().splitlines() or ["it said nothing"])[0]
+    return f"{type(error).__name__}: {said}"
+
+
+def failed_artifacts(run: Run, compressed: Record) -> dict[tuple[str, Precision], str]:
+    """Return why artifacts of the recipe could not be made of this compression."""
+    failed = {}
+    for name, precision in wanted_artifacts(run, last_network(compressed)):
+        folder = run.folder / artifact_kind(name, precision)
+        try:
+            found = json.loads((folder / FAILURE_NAME).read_text())
+        except (OSError, ValueError):
+            continue
+        if found[KIND] == compressed.hash and not (folder / RECORD_NAME).exists():
+            failed[name, precision] = str(found["reason"])
+    return failed
 
 
 def make_artifact(

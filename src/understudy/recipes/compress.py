@@ -2,12 +2,15 @@
 
 Every step is a stage of its own, made from the last state that was kept. After each one the same
 evaluator looks at the validation split. The test split is not read here.
+Limits that only the files of a target can be asked for are judged beside each step, in
+``step_limits``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +20,55 @@ from torch import Tensor
 from understudy.artifacts import Record
 from understudy.compress.quant_affine import WEIGHT_MAX
 from understudy.compress.settings import Gates, PruneStep, QuantizeStep
+from understudy.errors import InputError, MissingExtraError
 from understudy.evaluate.accuracy import evaluate_logits
 from understudy.evaluate.budget import Budget, BudgetFacts, check_budget
 from understudy.evaluate.latency import measure_latency
 from understudy.evaluate.memory import measure_memory
 from understudy.progress import log
-from understudy.recipes.compressed import Network
+from understudy.recipes.check import problems_of
+from understudy.recipes.compressed import KIND, Network
 from understudy.recipes.evaluate import LOGITS_NAME
 from understudy.recipes.further_training import is_guided
 from understudy.recipes.gates import GateRow, check_budget_kept, check_gates, reason_of
 from understudy.recipes.prune_step import Made, prune_step
+from understudy.recipes.pruned_speed import time_pruned
 from understudy.recipes.quantize_step import quantize_step
 from understudy.recipes.run import Run
+from understudy.recipes.step_limits import Counted, LimitsVerdict, judge_limits
 
-KIND = "compression"
 # What the ONNX file of a step can be asked for; training time is the student's own.
 FILE_LIMITS = ("num_params", "macs", "model_size_bytes", "latency_ms", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
 class State:
-    """A state of the student with what is known of it on the validation split."""
+    """A state of the student with what is known of it on the validation split.
+
+    ``number`` is that of the step that made it, 0 of the student as it was trained.
+    """
 
     network: Network
     record: Record
     metrics: dict[str, Any]
     budget: list[dict[str, Any]]
+    number: int = 0
 
 
-def check_guidance(run: Run) -> None:
-    """Raise InputError where a step has nothing to learn from; to be known before training."""
+def check_compression(run: Run) -> None:
+    """Raise one InputError for what is sure to fail later; to be known before training.
+
+    A step has nothing to learn from, or its package is not installed.
+    """
+    problems: list[str] = []
     for step in run.recipe.compression.steps:
-        is_guided(run, step)
+        problems += problems_of(lambda step=step: is_guided(run, step))  # type: ignore[misc]
+        is_aware = isinstance(step, QuantizeStep) and step.method == "aware"
+        needed = "torch-pruning" if isinstance(step, PruneStep) else "torchao" if is_aware else None
+        if needed is not None and find_spec(needed.replace("-", "_")) is None:
+            problems += MissingExtraError(needed, "compress").problems
+    if problems:
+        raise InputError(*dict.fromkeys(problems))
 
 
 def compress(run: Run) -> Record:
@@ -58,26 +78,68 @@ def compress(run: Run) -> Record:
         InputError: a stage before is missing, a limit cannot be reached, or there are no
             calibration pictures.
     """
-    steps = run.recipe.compression.steps
-    check_guidance(run)
+    check_compression(run)
     state = trained_student(run)
-    first, records = state.record, []
-    for number, step in enumerate(steps, start=1):
+    records, verdicts = [state.record], {}
+    for number, step in enumerate(run.recipe.compression.steps, start=1):
         record = run_step(run, number, step, state)
         records.append(record)
-        if record.payload["kept"]:
-            state = after_step(state, record)
-    parents = {record.kind: record.hash for record in (first, *records)}
-    stage = run.begin(KIND, section=run.recipe.section("compression"), parents=parents)
+        if not record.payload["kept"]:
+            continue
+        verdict = verdicts[record.kind] = limits_verdict(run, number, step, state, record)
+        if not reason_of(verdict.rows):
+            state = after_step(number, record)
+    compressed = finish(run, records, verdicts, state)
+    time_pruned(run, compressed)
+    return compressed
+
+
+def limits_verdict(
+    run: Run, number: int, step: PruneStep | QuantizeStep, state: State, record: Record
+) -> LimitsVerdict:
+    """Return what the limits on shipped files say of a step that kept its other gates."""
+    if not (step.gates or run.recipe.compression.gates).budget:
+        return LimitsVerdict()
+    before = Counted(state.number, state.record, state.network)
+    after = Counted(number, record, Network.from_json(record.payload["network"]))
+    verdict = judge_limits(run, before, after)
+    if reason := reason_of(verdict.rows):
+        log.info("%s: taken back: %s", record.kind, reason)
+    elif verdict.later:
+        log.info("%s: judged at the release: %s", record.kind, ", ".join(verdict.later))
+    return verdict
+
+
+def finish(
+    run: Run, records: list[Record], verdicts: Mapping[str, LimitsVerdict], state: State
+) -> Record:
+    """Return the record of the whole compression.
+
+    Args:
+        records: of the trained student and of every step.
+        state: what is left.
+    """
+    reasons = {kind: reason_of(verdict.rows) for kind, verdict in verdicts.items()}
+    taken_back = {kind: reason for kind, reason in reasons.items() if reason}
+    asked = [record for verdict in verdicts.values() for record in verdict.records]
+    stage = run.begin(
+        KIND,
+        section=run.recipe.section(KIND),
+        parents={record.kind: record.hash for record in (*records, *asked)},
+        # What is timed anew may be judged otherwise.
+        holds=lambda record: record.payload.get("taken_back", {}) == taken_back,
+    )
     if stage.record is not None:
         return stage.record
-    return stage.finish(
-        {
-            "steps": [record.kind for record in records],
-            "network": state.network.to_json(),
-            "metrics": state.metrics,
-        }
-    )
+    payload = {
+        "steps": [record.kind for record in records[1:]],
+        "network": state.network.to_json(),
+        "metrics": state.metrics,
+    }
+    if taken_back:
+        payload["taken_back"] = taken_back
+    judged = {kind: verdict.to_json() for kind, verdict in verdicts.items() if verdict.records}
+    return stage.finish(payload, timing={"limits": judged})
 
 
 def trained_student(run: Run) -> State:
@@ -96,13 +158,14 @@ def trained_student(run: Run) -> State:
     return State(Network(), run.parent("student", "train"), metrics, budget_rows(run, facts))
 
 
-def after_step(state: State, record: Record) -> State:
+def after_step(number: int, record: Record) -> State:
     """Return the state that a kept step left."""
     return State(
         Network.from_json(record.payload["network"]),
         record,
         record.payload["metrics"],
         record.timing["budget"],
+        number,
     )
 
 

@@ -18,6 +18,7 @@ from understudy.models.reshape import apply_channel_shapes
 from understudy.recipes.networks import WEIGHTS_NAME, build_model
 from understudy.recipes.run import Run
 
+KIND = "compression"
 SHAPES_NAME = "shapes.json"
 PREPARED_NAME = "prepared.safetensors"
 # Ranges are set by a few hundred pictures; more changes nothing that validation could show.
@@ -117,6 +118,23 @@ def prepared_network(run: Run, model: nn.Module, float_layers: tuple[str, ...], 
 def last_network(record: Record) -> Network:
     """Return the state that compression ended with."""
     return Network.from_json(record.payload["network"])
+
+
+def steps_of(run: Run, compressed: Record) -> list[Record]:
+    """Return the records of the steps of a compression, as it judged them.
+
+    A step that the limits on shipped files took back is not kept, whatever its own gates said.
+    """
+    records = [Record.load(run.folder / kind) for kind in compressed.payload["steps"]]
+    taken_back = compressed.payload.get("taken_back", {})
+    return [
+        replace(
+            record, payload={**record.payload, "kept": False, "reason": taken_back[record.kind]}
+        )
+        if record.kind in taken_back
+        else record
+        for record in records
+    ]
 
 
 def onnx_path(run: Run, network: Network) -> Path:

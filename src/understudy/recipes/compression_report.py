@@ -7,8 +7,10 @@ from typing import Any
 
 from understudy.artifacts import RECORD_NAME, Record
 from understudy.evaluate.budget import BudgetRow
-from understudy.recipes.compress import KIND
+from understudy.recipes.artifacts import failed_artifacts
+from understudy.recipes.compressed import KIND, steps_of
 from understudy.recipes.int8_loss import most_int8_may_lose
+from understudy.recipes.pruned_speed import pruned_speeds
 from understudy.recipes.run import Run
 
 
@@ -23,13 +25,22 @@ def compression_values(
     Args:
         budget: by stage, the rows of every artifact; None: no artifact is shown.
     """
-    steps = current_steps(run)
-    if steps is None:
+    compressed = current_compression(run)
+    if compressed is None:
         return None
+    limits = compressed.timing.get("limits", {})
+    failed = {} if budget is None else failed_artifacts(run, compressed)
     artifacts = [Record.load(run.folder / kind) for kind in budget or {}]
     return {
-        "steps": [step_values(record) for record in steps],
+        "steps": [
+            step_values(record, limits.get(record.kind, {})) for record in steps_of(run, compressed)
+        ],
         "artifacts": [artifact_values(record, (budget or {})[record.kind]) for record in artifacts],
+        "failed": [
+            {"target": name, "precision": precision, "reason": reason}
+            for (name, precision), reason in failed.items()
+        ],
+        "pruned": pruned_speeds(run, compressed),
         "device": run.recipe.release.device,
         "max_int8_loss": most_int8_may_lose(run),
     }
@@ -37,13 +48,19 @@ def compression_values(
 
 def current_steps(run: Run) -> list[Record] | None:
     """Return the steps that were made from the run's student and recipe as they are now."""
+    compressed = current_compression(run)
+    return None if compressed is None else steps_of(run, compressed)
+
+
+def current_compression(run: Run) -> Record | None:
+    """Return the compression of the run's student and recipe as they are now."""
     if not (run.folder / KIND / RECORD_NAME).exists():
         return None
     last = Record.load(run.folder / KIND)
     student = run.parent("student", "train")
     if last.parents.get("student") != student.hash or last.recipe != run.recipe.section(KIND):
         return None
-    return [Record.load(run.folder / kind) for kind in last.payload["steps"]]
+    return last
 
 
 def compressed_budget(run: Run) -> dict[str, dict[str, Any]]:
@@ -60,15 +77,20 @@ def compressed_budget(run: Run) -> dict[str, dict[str, Any]]:
     }
 
 
-def step_values(record: Record) -> dict[str, Any]:
-    """Return one step as the report's results hold it."""
+def step_values(record: Record, limits: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one step as the report's results hold it.
+
+    Args:
+        limits: what the limits on shipped files said of it; empty where they were not asked.
+    """
     payload, timing = record.payload, record.timing
     speed = timing["speed"]
     return {
         "name": payload["name"],
         "kept": payload["kept"],
         "reason": payload["reason"],
-        "gates": [*payload["gates"], *timing["budget_gates"]],
+        "gates": [*payload["gates"], *timing["budget_gates"], *limits.get("gates", ())],
+        "judged_later": limits.get("later", []),
         "accuracy_before": payload["accuracy_before"],
         "accuracy": payload["metrics"]["accuracy"],
         "num_params": payload["num_params"],

@@ -13,6 +13,7 @@ from understudy.recipes.compressed import (
     calibration_images,
     last_network,
     load_network,
+    steps_of,
 )
 from understudy.recipes.run import Run
 
@@ -58,11 +59,6 @@ def most_int8_may_lose(run: Run) -> float | None:
     section = run.recipe.compression
     own = section.steps[-1].gates if section.quantizes else None
     return (own or section.gates).accuracy_drop
-
-
-def steps_of(run: Run, compressed: Record) -> list[Record]:
-    """Return the records of the steps that a compression consists of."""
-    return [Record.load(run.folder / kind) for kind in compressed.payload["steps"]]
 
 
 def makes_int8(record: Record) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -64,22 +64,21 @@ def build_model(run: Run, role: str) -> NormalizedModel:
             image_shape=image_shape,
             arguments=section.arguments,
         )
+    return NormalizedModel(network, **conversions(run, role))
+
+
+def conversions(run: Run, role: str) -> dict[str, Any]:
+    """Return what the ``NormalizedModel`` around a role's network is made with."""
     normalization = normalization_of(run, role)
-    order = None
-    color_order: Literal["rgb", "bgr"] = "rgb"
-    if role in run.teachers:
-        teacher = run.teachers[role]
-        color_order = teacher.color_order
-        if teacher.class_names is not None:
-            order = class_order(teacher.class_names, run.source.class_names)
-    return NormalizedModel(
-        network,
-        mean=normalization.mean,
-        std=normalization.std,
-        color_order=color_order,
-        output_order=order,
-        flip_average=lineage == "student" and run.recipe.student.flip_average,
-    )
+    teacher = run.teachers.get(role)
+    names = None if teacher is None else teacher.class_names
+    return {
+        "mean": normalization.mean,
+        "std": normalization.std,
+        "color_order": "rgb" if teacher is None else teacher.color_order,
+        "output_order": None if names is None else class_order(names, run.source.class_names),
+        "flip_average": role in ("student", "control") and run.recipe.student.flip_average,
+    }
 
 
 def normalization_of(run: Run, role: str) -> Normalization:

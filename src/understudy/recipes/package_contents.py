@@ -15,8 +15,7 @@ from understudy.package.card import ModelCard, ScoreRow
 from understudy.package.statistics import reference_statistics
 from understudy.package.writing import PackageContents
 from understudy.recipes.artifacts import answers, artifact_of
-from understudy.recipes.compress import KIND
-from understudy.recipes.compressed import export_source, last_network, resize_rule
+from understudy.recipes.compressed import KIND, export_source, last_network, resize_rule
 from understudy.recipes.compression_report import single_picture
 from understudy.recipes.members import teacher_name
 from understudy.recipes.networks import model_section

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from understudy.compress.prune import (
 )
 from understudy.compress.settings import PruneStep
 from understudy.evaluate.accuracy import predict_logits
-from understudy.evaluate.compare import compare_artifacts
+from understudy.evaluate.compare import NUM_ROUNDS, compare_artifacts
 from understudy.evaluate.latency import measure_latency
+from understudy.evaluate.runtime_files import Source
 from understudy.export.onnx_file import export_onnx
 from understudy.models.reshape import apply_channel_shapes, channel_shapes
 from understudy.progress import log
@@ -208,7 +209,9 @@ def picture_ms(run: Run, model: nn.Module) -> float:
     return latency.measurements[0].p50_ms
 
 
-def speed_against(run: Run, before: Path, after: Path) -> dict[str, Any]:
+def speed_against(
+    run: Run, before: Source, after: Source, *, num_rounds: int = NUM_ROUNDS
+) -> dict[str, Any]:
     """Return how many times as fast the second file is, over neighbouring runs of both."""
     images_NCHW = run.source.images(run.splits.validation[:100]).numpy()
     comparison = compare_artifacts(
@@ -216,13 +219,18 @@ def speed_against(run: Run, before: Path, after: Path) -> dict[str, Any]:
         images_NCHW,
         batch_sizes=(1,),
         num_threads=(1,),
+        num_rounds=num_rounds,
         min_seconds=min(0.3, run.recipe.measurement.min_seconds),
     )
-    ratio = comparison.ratios[0]
+    return speed_of(asdict(comparison.ratios[0]))
+
+
+def speed_of(ratio: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ratio of a pruned file's time as how many times as fast it is."""
     return {
-        "speedup": 1 / ratio.ratio,
-        "quartiles": [1 / ratio.upper, 1 / ratio.lower],
-        "num_rounds": ratio.num_rounds,
-        "before_ms": ratio.reference_p50_ms,
-        "after_ms": ratio.p50_ms,
+        "speedup": 1 / ratio["ratio"],
+        "quartiles": [1 / ratio["upper"], 1 / ratio["lower"]],
+        "num_rounds": ratio["num_rounds"],
+        "before_ms": ratio["reference_p50_ms"],
+        "after_ms": ratio["p50_ms"],
     }

@@ -20,14 +20,13 @@ from understudy.artifacts import Record, atomic_path
 from understudy.errors import UnderstudyError, problem
 from understudy.evaluate.accuracy import predict_logits
 from understudy.models.cost import model_cost
-from understudy.models.load import class_order
 from understudy.progress import shown_progress
 from understudy.recipes import profile_teacher
 from understudy.recipes.label import NUM_SAMPLE_IMAGES, teacher_inference, uses_gpu
 from understudy.recipes.networks import (
     WEIGHTS_NAME,
+    conversions,
     is_onnx,
-    normalization_of,
     trained_model,
 )
 from understudy.recipes.run import Run
@@ -98,7 +97,7 @@ def measure_fresh(run: Run, teacher: Record, *, runtime: str) -> dict[str, Any]:
             "arguments": section.model.arguments,
             "num_classes": len(run.source.class_names),
             "image_shape": run.source.image_shape,
-            "conversions": conversions(run),
+            "conversions": conversions(run, "teacher"),
             "weights": None if is_onnx(section.model) else str(weights.absolute()),
             "images": str(images_path),
             "batch_size": run.recipe.labelling.batch_size,
@@ -132,19 +131,6 @@ def failure(section: TeacherSection, reason: str) -> UnderstudyError:
             mend="Lower labelling.batch_size if memory is short; otherwise drop this candidate.",
         )
     )
-
-
-def conversions(run: Run) -> dict[str, Any]:
-    """Return what the teacher's ``NormalizedModel`` is made with."""
-    section = run.teachers["teacher"]
-    normalization = normalization_of(run, "teacher")
-    names = section.class_names
-    return {
-        "mean": list(normalization.mean),
-        "std": list(normalization.std),
-        "color_order": section.color_order,
-        "output_order": None if names is None else class_order(names, run.source.class_names),
-    }
 
 
 def save_right(folder: Path, right_N: Tensor) -> None:

@@ -211,7 +211,7 @@ CHECKS: tuple[Check, ...] = (
     Check(
         code="US017",
         title="Pruned student faster",
-        raised_when="a pruned student is not faster in the runtime, beyond noise",
+        raised_when="a pruned student is not faster, beyond noise, in a runtime of its release",
         mend="Prune to multiples of 8 channels (round_to), or prune to a latency_ms.",
         judge=compression_judges.pruned_is_faster,
     ),
@@ -225,8 +225,14 @@ CHECKS: tuple[Check, ...] = (
     Check(
         code="US019",
         title="Every artifact run",
-        raised_when="a shipped artifact cannot be run on this machine (tip)",
-        mend="Run it where its runtime is, for instance with `understudy profile --host`.",
+        raised_when=(
+            "a target failed, so that nothing was made of it; or a shipped artifact cannot be run "
+            "on this machine (tip)"
+        ),
+        mend=(
+            "Mend what the reason says or leave the target out; run an artifact where its runtime "
+            "is, for instance with `understudy profile --host`."
+        ),
         judge=compression_judges.artifacts_ran,
     ),
     Check(

@@ -33,6 +33,7 @@ class StepFacts(Strict):
         num_params, macs, file_bytes: of what came out, the file as ONNX.
         speedup: median time of a picture in ONNX Runtime with one thread, before over after;
             ``speedup_quartiles`` over neighbouring pairs of runs. None where not measured.
+        judged_later: limits on shipped files that could not be told of after the step.
     """
 
     name: str
@@ -48,6 +49,7 @@ class StepFacts(Strict):
     speedup_quartiles: tuple[float, float] | None = None
     float_layers: tuple[str, ...] = ()
     seconds: float = 0.0
+    judged_later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,52 @@ class ArtifactFacts(Strict):
 
 
 @dataclass(frozen=True)
+class FailedTarget(Strict):
+    """A target that was asked for and of which nothing could be made."""
+
+    target: str
+    precision: str
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """Target and precision in one word."""
+        return f"{self.target}/{self.precision}"
+
+
+@dataclass(frozen=True)
+class PrunedSpeed(Strict):
+    """What all pruning is worth in one runtime that the student is released for.
+
+    Attributes:
+        speedup: median time of a picture with one thread, of the unpruned student over the pruned
+            one; ``quartiles`` over ``num_rounds`` neighbouring pairs of runs. None where not
+            measured, for ``reason``.
+        before_ms, after_ms: those times.
+    """
+
+    target: str
+    precision: str
+    speedup: float | None = None
+    quartiles: tuple[float, float] | None = None
+    num_rounds: int | None = None
+    before_ms: float | None = None
+    after_ms: float | None = None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Target and precision in one word."""
+        return f"{self.target}/{self.precision}"
+
+
+@dataclass(frozen=True)
 class CompressionFacts(Strict):
     """Everything between the trained student and the files that ship.
 
     Attributes:
+        failed: what was asked for and could not be made.
+        pruned: the runtimes of the release, where channels were pruned.
         max_int8_loss: the most accuracy that an int8 file may lose; None: not checked.
     """
 
@@ -120,3 +164,5 @@ class CompressionFacts(Strict):
     artifacts: tuple[ArtifactFacts, ...]
     device: str | None = None
     max_int8_loss: float | None = None
+    failed: tuple[FailedTarget, ...] = ()
+    pruned: tuple[PrunedSpeed, ...] = ()

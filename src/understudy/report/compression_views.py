@@ -6,7 +6,12 @@ from typing import Any
 
 from understudy.report import formats
 from understudy.report.compression_judges import missed_limits
-from understudy.report.compression_results import ArtifactFacts, StepFacts
+from understudy.report.compression_results import (
+    ArtifactFacts,
+    FailedTarget,
+    PrunedSpeed,
+    StepFacts,
+)
 from understudy.report.results import RunResults
 from understudy.report.summary import aligned
 
@@ -46,9 +51,17 @@ def compression_context(results: RunResults) -> dict[str, Any]:
         "step_rows": [] if facts is None else [step_row(step) for step in facts.steps],
         "step_notes": []
         if facts is None
-        else [note for s in facts.steps for note in step_notes(s)],
+        else [
+            *(note for s in facts.steps for note in step_notes(s)),
+            *map(pruned_note, facts.pruned),
+        ],
         "artifact_columns": ARTIFACT_COLUMNS,
-        "artifact_rows": [] if facts is None else [artifact_row(a) for a in facts.artifacts],
+        "artifact_rows": []
+        if facts is None
+        else [*map(artifact_row, facts.artifacts), *map(failed_row, facts.failed)],
+        "failed_notes": []
+        if facts is None
+        else [f"{found.name} was not made: {found.reason}" for found in facts.failed],
         "artifact_notes": []
         if facts is None
         else [note for a in facts.artifacts for note in artifact_notes(a)],
@@ -84,7 +97,22 @@ def step_notes(step: StepFacts) -> list[str]:
         notes.append(f"{step.name} was taken back: {step.reason}.")
     if step.float_layers:
         notes.append(f"{step.name} leaves in float: {', '.join(step.float_layers)}.")
+    if step.kept and step.judged_later:
+        notes.append(f"{step.name}: judged at the release: {', '.join(step.judged_later)}.")
     return notes
+
+
+def pruned_note(speed: PrunedSpeed) -> str:
+    """Return what pruning is worth in one runtime, as a sentence."""
+    start = f"Pruned, one picture in {speed.name}:"
+    if speed.speedup is None or speed.quartiles is None:
+        return f"{start} not measured: {speed.reason}."
+    low, high = speed.quartiles
+    return (
+        f"{start} {speed.speedup:.2f} times as fast (quartiles {low:.2f} to {high:.2f} of "
+        f"{speed.num_rounds} rounds), {formats.milliseconds(speed.before_ms)} before and "
+        f"{formats.milliseconds(speed.after_ms)} after."
+    )
 
 
 def artifact_row(artifact: ArtifactFacts) -> tuple[str, ...]:
@@ -105,6 +133,11 @@ def artifact_row(artifact: ArtifactFacts) -> tuple[str, ...]:
         formats.size(artifact.peak_memory_bytes),
         budget_word(artifact),
     )
+
+
+def failed_row(failed: FailedTarget) -> tuple[str, ...]:
+    """Return the row of a target that failed."""
+    return (failed.name, "not made", *[NOTHING] * (len(ARTIFACT_COLUMNS) - 2))
 
 
 def artifact_notes(artifact: ArtifactFacts) -> list[str]:
@@ -145,5 +178,6 @@ def compression_text(results: RunResults) -> str:
         [("Not kept", "Limit", "At most", "Measured", "Margin"), *context["missed_limits"]],
     ]
     parts = ["\n".join(aligned(rows)) for rows in tables if len(rows) > 1]
-    notes = "\n".join([*context["step_notes"], *context["artifact_notes"]])
+    kinds = ("step_notes", "failed_notes", "artifact_notes")
+    notes = "\n".join(note for kind in kinds for note in context[kind])
     return formats.plain("\n\n".join([*parts, *([notes] if notes else [])]))
