@@ -51,7 +51,7 @@ class Command:
     def err(self) -> str:
         return (self.folder / "err").read_text()
 
-    def wait(self, timeout_s: float = 120.0) -> Finished:
+    def wait(self, timeout_s: float = 240.0) -> Finished:
         """Wait for the end; a command that takes too long is killed and fails the test."""
         deadline = time.monotonic() + timeout_s
         while (code := self.poll()) is None:
