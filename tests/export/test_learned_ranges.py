@@ -76,7 +76,8 @@ def test_the_file_answers_as_the_trained_network_does(name, source, tmp_path):
     for given in (source, dataclasses.replace(source, quantized=None)):
         found_NK = runtime_logits(name, given, images_NCHW, tmp_path, precision="int8")
         differences.append(relative_difference(found_NK, wanted_NK))
-    assert differences[0] < 0.15
+    # ExecuTorch rounds weights as training did too, the others in a grid of twice as many steps.
+    assert differences[0] < (0.02 if name == "executorch" else 0.15)
     assert differences[1] > 2 * differences[0]
 
 

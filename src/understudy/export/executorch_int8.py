@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from understudy.export.learned_ranges import FUSED, WEIGHTED, Bounds, LayerRanges, learned_ranges
@@ -98,11 +98,23 @@ def _use_learned(prepared: GraphModule, learned: Sequence[LayerRanges]) -> None:
         return
     for node, row in zip(nodes, learned, strict=True):
         _fix_range(prepared, node.args[0], row.inputs)
+        _fix_weights(prepared, node.args[1], row.weight_scales)
         end = node
         while len(end.users) == 1 and next(iter(end.users)).target in FUSED:
             end = next(iter(end.users))
         for user in end.users:
             _fix_range(prepared, user, row.outputs)
+
+
+def _fix_weights(prepared: GraphModule, place: Node, scales: Tensor | None) -> None:
+    """Round weights as training did, whose integers are no larger than these.
+
+    By a finer grid of their own they would be other weights than those that training ended with.
+    """
+    if scales is None or place.op != "call_module":
+        return
+    observer: Any = prepared.get_submodule(str(place.target))
+    observer.min_val, observer.max_val = -scales * _LARGEST, scales * _LARGEST
 
 
 def _fix_range(prepared: GraphModule, place: Node, bounds: Bounds | None) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from understudy.export.tracing import module_name
@@ -29,11 +32,13 @@ class LayerRanges:
     Attributes:
         layer: the module's name.
         inputs, outputs: (smallest, largest) value, 0 among them.
+        weight_scales: float32 [number of channels], of one step of the weights as they are folded.
     """
 
     layer: str
     inputs: Bounds | None
     outputs: Bounds | None
+    weight_scales: Tensor | None = None
 
 
 def learned_ranges(graph: GraphModule) -> list[LayerRanges]:
@@ -43,8 +48,16 @@ def learned_ranges(graph: GraphModule) -> list[LayerRanges]:
         if node.target in WEIGHTED:
             features = node.args[0]
             inputs = _range(features) if _is(features, "dequantize_per_tensor") else None
-            rows.append(LayerRanges(module_name(node), inputs, _output_range(node)))
+            scales = _weight_scales(graph, node.args[1])
+            rows.append(LayerRanges(module_name(node), inputs, _output_range(node), scales))
     return rows
+
+
+def _weight_scales(graph: GraphModule, weight: Any) -> Tensor | None:
+    if not _is(weight, "dequantize_per_channel"):
+        return None
+    scales: Tensor = attrgetter(str(weight.args[1].target))(graph)
+    return scales.detach().float()
 
 
 def _output_range(node: Node) -> Bounds | None:
