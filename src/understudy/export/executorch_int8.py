@@ -1,4 +1,4 @@
-"""int8 for ExecuTorch: XNNPACK's scheme, with the ranges that training learned where it did."""
+"""int8 for ExecuTorch: XNNPACK's scheme, with the ranges and steps that training learned."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def quantize(graph: GraphModule, source: ExportSource) -> GraphModule:
     """Return a traced network with int8 weights and quantise and dequantise nodes.
 
     Activations by tensor, weights symmetric by channel. What a convolution or linear layer reads
-    and gives has the range that quantisation-aware training left, where there was one; everything
-    else has that of the calibration images.
+    and gives has the range that quantisation-aware training left, and its weights the steps, where
+    there were any; everything else has the range of the calibration images and steps of its own.
 
     Raises:
         MissingExtraError: executorch or torchao is not installed.

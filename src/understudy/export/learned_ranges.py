@@ -1,4 +1,4 @@
-"""The ranges of activations that quantisation-aware training learned, layer by layer."""
+"""What quantisation-aware training learned of each layer: ranges, and steps of its weights."""
 
 from __future__ import annotations
 
