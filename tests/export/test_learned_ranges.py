@@ -76,9 +76,26 @@ def test_the_file_answers_as_the_trained_network_does(name, source, tmp_path):
     for given in (source, dataclasses.replace(source, quantized=None)):
         found_NK = runtime_logits(name, given, images_NCHW, tmp_path, precision="int8")
         differences.append(relative_difference(found_NK, wanted_NK))
-    # ExecuTorch rounds weights as training did too, the others in a grid of twice as many steps.
-    assert differences[0] < (0.02 if name == "executorch" else 0.15)
+    assert differences[0] < 0.02
     assert differences[1] > 2 * differences[0]
+
+
+def weight_integers(path):
+    """Return (steps, integers) of the weights of the file's layers in their order."""
+    from understudy.export.tflite_file import WEIGHTED, flatbuffer_tools, operator_name
+
+    tools = flatbuffer_tools()
+    file = tools.read_model_from_bytearray(path.read_bytes())
+    tensors = file.subgraphs[0].tensors
+    layers = [n for n in file.subgraphs[0].operators if operator_name(tools, file, n) in WEIGHTED]
+    weights = [tensors[node.inputs[1]] for node in layers]
+    return [
+        (
+            torch.tensor(weight.quantization.scale),
+            torch.tensor(bytearray(file.buffers[weight.buffer].data)).to(torch.int8),
+        )
+        for weight in weights
+    ]
 
 
 def activation_scales(path):
@@ -117,6 +134,16 @@ def test_scales_are_the_learned_ones_and_a_constant_factor_rounds_nothing(name, 
     assert "HARD_SWISH" not in counts, "LiteRT's fast kernels have none in int8"
     sixths = [r for r in operators if r[0] == "MUL" and r[2] == pytest.approx(r[1] / 6, rel=1e-3)]
     assert len(sixths) == 4
+
+
+@pytest.mark.parametrize("name", ["tflite", "tflm"])
+def test_weights_are_rounded_in_the_learned_steps(name, source, tmp_path):
+    need(name)
+    artifact = find_target(name).export(source, tmp_path, precision="int8")
+    rows = learned_ranges(source.quantized)
+    for (steps, integers), row in zip(weight_integers(artifact.path), rows, strict=True):
+        torch.testing.assert_close(steps, row.weight_scales)
+        assert integers.abs().max() == 63, "as many bits as training rounded to"
 
 
 @pytest.mark.parametrize("name", ["executorch", "tflite"])

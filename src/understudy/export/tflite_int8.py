@@ -1,4 +1,4 @@
-"""The int8 version of a ``.tflite`` file: ranges of activations, then ai-edge-quantizer."""
+"""The int8 version of a ``.tflite`` file: ranges of values, then ai-edge-quantizer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from understudy.export.learned_ranges import Bounds, LayerRanges, learned_ranges
 from understudy.export.target import ExportSource, require_package
@@ -21,6 +22,7 @@ from understudy.export.tracing import calibration_batches, quiet
 
 MAX_CALIBRATION_IMAGES = 500
 _MIN_RANGE = 2.0**-10
+_LARGEST = 127
 # What comes out of them has the scale of what goes in.
 _MOVING = ("PAD", "TRANSPOSE", "RESHAPE")
 
@@ -31,7 +33,8 @@ def quantize(content: bytes, source: ExportSource, *, target: str, float_ends: b
     """Return the int8 file of a float32 one: weights by channel, activations by tensor.
 
     What a convolution or linear layer reads and gives has the range that quantisation-aware
-    training left, where there was one; everything else has that of the calibration images.
+    training left, and its weights the steps, where there were any; everything else has the range of
+    the calibration images and steps of its own.
 
     Args:
         content: as ``tflite_file.convert`` returns it.
@@ -81,7 +84,10 @@ def quantize(content: bytes, source: ExportSource, *, target: str, float_ends: b
 
 
 def _with_learned(found: Ranges, content: bytes, learned: Sequence[LayerRanges]) -> Ranges:
-    """Return the tensors' ranges, with those learned where the file runs the same layers."""
+    """Return the tensors' ranges, with those learned where the file runs the same layers.
+
+    Weights have a range only if theirs were learned; the quantizer finds those of the others.
+    """
     file = _File(content)
     nodes = [node for node in file.graph.operators if file.operator(node) in WEIGHTED]
     layers = [file.tensor_name(node.outputs[0]).partition(":")[0] for node in nodes]
@@ -99,7 +105,20 @@ def _with_learned(found: Ranges, content: bytes, learned: Sequence[LayerRanges])
                 shape = np.shape(changed[name]["min"])
                 low, high = (np.full(shape, bound, np.float32) for bound in sorted(bounds))
                 changed[name] = {**changed[name], "min": low, "max": high}
+        if row.weight_scales is not None:
+            changed[file.tensor_name(node.inputs[1])] = _weight_range(file, node, row.weight_scales)
     return changed
+
+
+def _weight_range(file: _File, node: Any, scales: Tensor) -> dict[str, Any]:
+    """Return the range for which the quantizer rounds a layer's weights in steps of ``scales``.
+
+    By a finer grid of its own they would be other weights than those that training ended with.
+    """
+    shape = [1] * len(file.graph.tensors[node.inputs[1]].shape)
+    shape[-1 if file.operator(node) == "DEPTHWISE_CONV_2D" else 0] = len(scales)
+    largest = (scales * _LARGEST).reshape(shape).numpy()
+    return {"min": -largest, "max": largest}
 
 
 class _File:
