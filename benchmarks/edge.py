@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.artifacts import Record, write_text
-from understudy.recipes.compression_report import chips, plain_facts, single_picture
+from understudy.recipes.compression_report import chips, counted, plain_facts, single_picture
 from understudy.report.formats import large_count, plain, size
 
 TABLE_START = "<!-- table: written by benchmarks/edge.py -->"
@@ -75,7 +75,7 @@ def facts_of(facts: dict[str, Any], timing: dict[str, Any]) -> list[str]:
     """Return what a target says of its files that other columns do not hold."""
     wanted = ("arena_bytes", "weight_bytes", "static_buffer_bytes", "model_bytes")
     found = [f"{key.replace('_', ' ')} {value:,}" for key, value in facts.items() if key in wanted]
-    for name, value in chips(timing).items():
+    for name, value in (chips(timing) | counted(timing)).items():
         if name.split()[-1] in ("flash_bytes", "ram_bytes", "peak_stack_bytes"):
             found.append(f"{name.replace('_', ' ')} {value:,}")
         if name.split()[-1] == "instructions_per_image":

@@ -16,6 +16,7 @@ from understudy.evaluate.c_size import c_model_size, compiled_bytes
 from understudy.evaluate.profile import profile_command
 from understudy.evaluate.runtime_files import runtime_file
 from understudy.evaluate.tflm_arena import arena_bytes
+from understudy.evaluate.tflm_instructions import TOOL, TflmInstructions, count_instructions
 from understudy.export.target import ExportSource, find_target
 
 SHAPE = (1, 8, 8)
@@ -43,14 +44,18 @@ def tflm(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_file_for_microcontrollers_is_measured_in_their_interpreter(tflm, tmp_path):
+def test_a_file_for_microcontrollers_is_measured_in_their_interpreter(tflm, tmp_path, monkeypatch):
     assert runtime_file(tflm.path).runtime == "tflite"
     profile = profiled(tflm.path, runtime="tflm", shape="1,8,8")
     assert profile["runtime"] == "tflm"
     assert profile["arena_bytes"] == tflm.facts["arena_bytes"]
+    if shutil.which(TOOL) is not None:
+        assert profile["instructions"]["instructions_per_image"] > 8 * 8
+    monkeypatch.setattr("understudy.evaluate.tflm_instructions.TOOL", "no-such-tool")
     told = profile_command(str(tflm.path), runtime="tflm", shape="1,8,8", device="cortex-m7")
     assert f"arena    {tflm.facts['arena_bytes'] / 1024:.4g} KiB" in told
     assert "the RAM is the arena" in told
+    assert "work     instructions not measured: no-such-tool is not installed" in told
     # A limit below the arena is missed, one above it is kept.
     for limit, status in ((tflm.facts["arena_bytes"], "passed"), (1000, "failed")):
         path = tmp_path / "chip.yaml"
@@ -74,6 +79,24 @@ def test_a_releases_folder_runs_as_its_record_says(tflm, tmp_path):
     record.write_text(record.read_text().replace('"tflm"', '"onnx"'))
     with pytest.raises(InputError, match="was changed after it was written"):
         runtime_file(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(TOOL) is None, reason=f"{TOOL} is not installed")
+def test_instructions_are_those_of_one_picture_whatever_else_runs(tflm, tmp_path):
+    image_1CHW = torch.randint(0, 256, (1, *SHAPE), dtype=torch.uint8)
+    alone = count_instructions(tflm.path, image_1CHW)
+    thrice = count_instructions(tflm.path, image_1CHW.expand(3, -1, -1, -1))
+    assert isinstance(alone, TflmInstructions)
+    assert isinstance(thrice, TflmInstructions)
+    assert (alone.num_images, thrice.num_images) == (1, 3)
+    # Neither Python nor opening the file is counted, and one picture does as much as the other.
+    assert alone.instructions_per_image == thrice.instructions_per_image
+    num_macs = 9 * 9 * 8 + 9 * 8 * 3
+    assert num_macs < alone.instructions_per_image < 100 * num_macs
+    (tmp_path / "broken.tflite").write_bytes(b"nothing")
+    told = count_instructions(tmp_path / "broken.tflite", image_1CHW)
+    assert str(told).startswith("valgrind failed (exit code 1): ")
 
 
 def test_an_arena_that_is_not_found_is_none(tmp_path):

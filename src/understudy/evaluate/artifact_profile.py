@@ -20,6 +20,7 @@ from understudy.evaluate.remote import Ssh, measure_remote
 from understudy.evaluate.runtime_files import RuntimeFile, Source, runtime_file
 from understudy.evaluate.text_table import human_bytes, text_table
 from understudy.evaluate.tflm_arena import arena_bytes
+from understudy.evaluate.tflm_instructions import TflmInstructions, count_instructions
 from understudy.progress import Progress, silent
 
 NUM_EMULATED_IMAGES = 20
@@ -36,6 +37,8 @@ class ArtifactProfile:
         notes: sentences that belong to the figures.
         arena_bytes: static memory that TensorFlow Lite Micro needs for the file; None for other
             runtimes.
+        instructions: of TensorFlow Lite Micro for one picture, or why they were not counted; None
+            for other runtimes.
     """
 
     name: str
@@ -49,6 +52,7 @@ class ArtifactProfile:
     budget: tuple[BudgetRow, ...] = ()
     notes: tuple[str, ...] = ()
     arena_bytes: int | None = None
+    instructions: TflmInstructions | str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain lists and dicts."""
@@ -64,6 +68,9 @@ class ArtifactProfile:
             "budget": [row.to_json() for row in self.budget],
             "notes": list(self.notes),
             "arena_bytes": self.arena_bytes,
+            "instructions": self.instructions.to_json()
+            if isinstance(self.instructions, TflmInstructions)
+            else self.instructions,
         }
 
     def to_text(self) -> str:
@@ -93,6 +100,10 @@ class ArtifactProfile:
         if self.arena_bytes is not None:
             told = f"{human_bytes(self.arena_bytes)} ({self.arena_bytes} bytes)"
             lines.insert(3, f"arena    {told}, with pointers of 64 bits")
+        if self.instructions is not None:
+            is_counted = isinstance(self.instructions, TflmInstructions)
+            told = f"{'' if is_counted else 'instructions not measured: '}{self.instructions}"
+            lines.insert(4, f"work     {told}")
         return "\n".join([*lines, *limit_lines(self.device, self.budget, self.notes)])
 
 
@@ -144,6 +155,7 @@ def profile_artifact(
     is_there = ssh is not None or device is None or device.is_this_machine
     if is_there:
         energy = _estimated(energy, latency, device)
+    is_micro = file.runtime == "tflm" and ssh is None
     profile = ArtifactProfile(
         name=file.path.name,
         runtime=file.runtime,
@@ -152,7 +164,8 @@ def profile_artifact(
         latency=latency,
         memory=memory,
         energy=energy,
-        arena_bytes=arena_bytes(file.path) if file.runtime == "tflm" and ssh is None else None,
+        arena_bytes=arena_bytes(file.path) if is_micro else None,
+        instructions=count_instructions(file.path, images) if is_micro else None,
     )
     if device is None:
         return profile

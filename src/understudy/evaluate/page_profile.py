@@ -59,6 +59,7 @@ class PageProfile:
             "budget": [row.to_json() for row in self.budget],
             "notes": list(self.notes),
             "arena_bytes": None,
+            "instructions": None,
         }
 
     def to_text(self) -> str:

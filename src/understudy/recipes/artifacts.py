@@ -22,6 +22,7 @@ from understudy.evaluate.devices import device_budget
 from understudy.evaluate.fresh_process import MIN_RUNS, NUM_WARMUP
 from understudy.evaluate.latency import Latency, measure_latency
 from understudy.evaluate.memory import measure_memory
+from understudy.evaluate.tflm_instructions import count_instructions
 from understudy.export.artifact_parity import ArtifactParity, check_artifact_parity
 from understudy.export.divergence import Divergence, find_divergence
 from understudy.export.target import (
@@ -327,6 +328,12 @@ def measured(run: Run, source: ExportSource, artifact: Artifact) -> dict[str, An
 
         timing["microcontrollers"] = on_microcontrollers(run, source, artifact)
         timing["compiled_bytes"] = compiled_bytes(artifact.folder)
+    if artifact.target == "tflm":
+        counted = count_instructions(artifact.path, images_NCHW)
+        if isinstance(counted, str):
+            log.warning("instructions: not measured: %s", counted)
+        else:
+            timing["instructions"] = counted.to_json()
     timing["energy"] = energy_of(run, artifact, images_NCHW, latency).to_json()
     return timing
 

@@ -124,7 +124,7 @@ def artifact_values(record: Record, budget: Sequence[BudgetRow]) -> dict[str, An
         "load_ms": single.get("load_ms"),
         "peak_memory_bytes": timing.get("memory", {}).get("peak_memory_bytes"),
         "energy": timing.get("energy"),
-        "facts": plain_facts(payload["facts"]) | chips(timing) | compiled(timing),
+        "facts": plain_facts(payload["facts"]) | chips(timing) | counted(timing),
         "notes": payload["notes"],
         "budget": [row.to_json() for row in budget],
     }
@@ -143,10 +143,15 @@ def plain_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
 
 
-def compiled(timing: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the bytes of C code as compiled here, where they are known."""
+def counted(timing: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the bytes of C code as compiled here and TFLM's instructions, where they are known."""
     found = timing.get("compiled_bytes")
-    return {} if found is None else {"compiled_bytes": found}
+    facts = {} if found is None else {"compiled_bytes": found}
+    if (instructions := timing.get("instructions")) is not None:
+        machine = instructions["machine"]
+        facts[f"{machine} instructions_per_image"] = instructions["instructions_per_image"]
+        facts[f"{machine} instructions counted by"] = instructions["counter"]
+    return facts
 
 
 def chips(timing: Mapping[str, Any]) -> dict[str, Any]:
