@@ -47,3 +47,12 @@ def test_what_is_installed_has_its_version_and_what_is_not_a_command(monkeypatch
     (edge,) = [line for line in lines if line.split()[:1] == ["edge"]]
     assert "openvino 1.2" in edge
     assert edge.endswith('ncnn, pnnx missing: pip install "understudy[edge]"')
+
+
+def test_a_tool_is_named_with_its_place_or_its_package(monkeypatch):
+    places = {"google-chrome": "/opt/chrome"}
+    monkeypatch.setattr(doctor.shutil, "which", places.get)
+    lines = doctor.describe().partition("Tools\n")[2].splitlines()
+    assert any(line.endswith(" /opt/chrome") for line in lines)
+    missing = "arm-none-eabi-gcc missing: apt install gcc-arm-none-eabi"
+    assert any(line.endswith(f" {missing}") for line in lines)

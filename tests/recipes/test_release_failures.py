@@ -129,6 +129,7 @@ def test_a_target_that_fails_leaves_the_others_finished_and_is_told_at_the_end(
     assert "said more" in "".join(failure["traceback"])
     page = (copied.folder / "report" / "report.html").read_text()
     assert f"onnx/int8 was not made: {reason}" in page
+    assert "✕</span> Not made: onnx/int8. " in page
     # Mended, only it is made.
     int8_fails()
     released = stages.release(copied.folder)
@@ -145,6 +146,9 @@ def test_what_was_made_is_packed_where_the_user_says_so(copied, int8_fails, monk
     assert "packed without what was not made: onnx/int8" in capsys.readouterr().err
     entries = read_package(copied.folder / "release").manifest.artifacts
     assert [entry.name for entry in entries] == ["onnx-float32"]
+    card = (copied.folder / "release" / "MODEL_CARD.md").read_text()
+    reason = "RuntimeError: the converter gave up"
+    assert f"onnx/int8 was asked for and is not here: {reason}" in card.replace("\\", "")
     # Nothing at all is no package.
     shutil.rmtree(copied.folder / "release")
     arguments = ("release", copied.folder, "--target", "onnx/int8", "--skip-failed")
@@ -170,6 +174,11 @@ def test_reasons_are_one_line_and_a_full_disk_is_no_targets_fault():
     with pytest.raises(OSError, match="No space") as raised:
         failure_of(full)
     assert raised.value is full
+    wrapped = RuntimeError("cannot write the model")
+    wrapped.__cause__ = ValueError("tool")
+    wrapped.__cause__.__context__ = full
+    with pytest.raises(OSError, match="No space"):
+        failure_of(wrapped)
 
 
 def test_what_is_sure_to_fail_is_said_at_once_before_anything_runs(trained, monkeypatch, tmp_path):

@@ -156,7 +156,7 @@ def test_the_card_scores_the_network_that_ships_where_no_files_were_run(released
     unrun = dataclasses.replace(int8, payload=int8.payload | {"metrics": None})
     metrics = shipped_metrics(opened, [unrun])
     assert metrics["accuracy"] == pytest.approx(int8.payload["metrics"]["accuracy"], abs=0.01)
-    card = model_card(opened, [unrun], {})
+    card = model_card(opened, [unrun], {}, {})
     assert card.metrics["measured in"].startswith("PyTorch")
 
 

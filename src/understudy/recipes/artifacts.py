@@ -118,8 +118,12 @@ def failure_of(error: Exception) -> str:
     Raises:
         OSError: the disk is full, which is no fault of the target.
     """
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise error
+    # A target's tools may put an error of their own around it.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise cause
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, UnderstudyError):
         return " ".join(error.problems)
     # Not foreseen: of a target's own tools, most of them.

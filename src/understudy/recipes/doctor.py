@@ -1,4 +1,4 @@
-"""What ``understudy doctor`` says: the machine, versions, extras, networks and transforms."""
+"""What ``understudy doctor`` says: the machine, versions, extras, tools, networks, transforms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from importlib import metadata
 
 from understudy.data.view_spec import TRANSFORM_PARAMETERS
+from understudy.evaluate.browser import BROWSER_NAMES
 from understudy.models.catalog import CATALOG, PREFIXES
 from understudy.recipes.run import home_folder
 from understudy.runtime import hardware_facts, package_versions
@@ -16,6 +17,17 @@ from understudy.runtime import hardware_facts, package_versions
 REQUIREMENT = re.compile(
     r"(?P<name>[\w.-]+)(?:\[(?P<of>[^]]*)\])?.*?;\s*extra\s*==\s*['\"](?P<extra>[^'\"]+)['\"]"
 )
+
+# Programs that are no Python packages: what for -> names, of which the last Debian's package.
+TOOLS: dict[str, tuple[str, ...]] = {
+    "native kernels, C files": ("cc", "gcc"),
+    "C files for Cortex-M": ("arm-none-eabi-gcc", "gcc-arm-none-eabi"),
+    "Cortex-M without a board": ("qemu-system-arm", "qemu-system-arm"),
+    "TFLM's instructions": ("valgrind", "valgrind"),
+    "profile --host": ("ssh", "openssh-client"),
+    "web pages, to build": ("npm", "npm"),
+    "web pages, to run": (*BROWSER_NAMES, "chromium"),
+}
 
 
 def describe() -> str:
@@ -38,6 +50,8 @@ def describe() -> str:
         *(f"  {name:18}{version}" for name, version in package_versions().items()),
         "Extras",
         *(f"  {extra:16}{extra_state(extra, names)}" for extra, names in extras().items()),
+        "Tools",
+        *(f"  {purpose:26}{tool_state(names)}" for purpose, names in TOOLS.items()),
         f"Networks\n  {', '.join([*CATALOG, 'module:callable', *PREFIXES.values()])}",
         f"Transforms\n  {', '.join(TRANSFORM_PARAMETERS)}",
     ]
@@ -63,6 +77,13 @@ def extras() -> dict[str, tuple[str, ...]]:
         return [*named[extra], *deeper]
 
     return {extra: tuple(dict.fromkeys(packages(extra))) for extra in named}
+
+
+def tool_state(names: tuple[str, ...]) -> str:
+    """Return where a program is or which package of Debian has it."""
+    *programs, package = names
+    found = next((path for program in programs if (path := shutil.which(program))), None)
+    return found or f"{programs[0]} missing: apt install {package}"
 
 
 def extra_state(extra: str, packages: tuple[str, ...]) -> str:

@@ -23,9 +23,16 @@ from understudy.recipes.run import Run
 
 
 def package_contents(
-    run: Run, records: Sequence[Record], budget: Mapping[str, Sequence[BudgetRow]]
+    run: Run,
+    records: Sequence[Record],
+    budget: Mapping[str, Sequence[BudgetRow]],
+    failed: Mapping[str, str],
 ) -> PackageContents:
-    """Return the contents of a release's package; equal runs give equal contents."""
+    """Return the contents of a release's package; equal runs give equal contents.
+
+    Args:
+        failed: targets that are left out, and why.
+    """
     indices_N = run.splits.validation
     images_NCHW = run.source.images(indices_N).numpy()
     logits_NK = shipped_logits(run, records, indices_N).numpy()
@@ -35,7 +42,7 @@ def package_contents(
         created=records[0].created,
         class_names=run.source.class_names,
         image_shape=run.source.image_shape,
-        card=model_card(run, records, budget),
+        card=model_card(run, records, budget, failed),
         statistics=reference_statistics(images_NCHW, logits_NK, class_names=run.source.class_names),
         resize=resize_rule(run),
         measured={artifact_name(record): measured_facts(record) for record in records},
@@ -101,7 +108,10 @@ def measured_facts(record: Record) -> dict[str, Any]:
 
 
 def model_card(
-    run: Run, records: Sequence[Record], budget: Mapping[str, Sequence[BudgetRow]]
+    run: Run,
+    records: Sequence[Record],
+    budget: Mapping[str, Sequence[BudgetRow]],
+    failed: Mapping[str, str],
 ) -> ModelCard:
     """Return the card of the first artifact that was run, with the budget of all."""
     recipe, source = run.recipe, run.source
@@ -149,7 +159,10 @@ def model_card(
         },
         budget=rows,
         intended_use=[recipe.release.intended_use] if recipe.release.intended_use else (),
-        limits=limits_of(metrics, source.class_names),
+        limits=[
+            *limits_of(metrics, source.class_names),
+            *(f"{name} was asked for and is not here: {why}" for name, why in failed.items()),
+        ],
         versions=student.versions,
         hardware={name: str(value) for name, value in student.hardware.items()},
         commands=[f"understudy release recipe.yaml  # understudy {__version__}"],

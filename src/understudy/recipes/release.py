@@ -79,7 +79,7 @@ def release(run: Run, path: Path, *, skip_failed: bool = False) -> Release:
     write_package(
         path,
         [artifact_of(run, record) for record in records],
-        package_contents(run, records, rows),
+        package_contents(run, records, rows, failed),
         overwrite=True,
     )
     log.info("package: %s", path)

@@ -91,7 +91,9 @@ def artifacts_ran(results: RunResults) -> Finding:
     """US019: was every file that was asked for made, and run here?"""
     artifacts = () if results.compression is None else results.compression.artifacts
     if results.compression is not None and results.compression.failed:
-        told = "; ".join(f"{found.name} ({found.reason})" for found in results.compression.failed)
+        told = "; ".join(
+            f"{found.name} ({found.reason.rstrip('.')})" for found in results.compression.failed
+        )
         return "issue", f"Not made: {told}."
     if not artifacts:
         return "not_applicable", "Nothing was released."

@@ -212,7 +212,7 @@ class Headline:
 
 
 def headline(results: RunResults, verdicts: Sequence[Verdict]) -> Headline:
-    """Return whether the budget is met, and what the student is worth."""
+    """Return whether the budget is met and everything was made, and what the student is worth."""
     missed = [line.name for line in results.budget if line.status == "failed"]
     unknown = [line.name for line in results.budget if line.status == "not_measured"]
     kind: Literal["good", "bad", "open"] = "open"
@@ -224,6 +224,9 @@ def headline(results: RunResults, verdicts: Sequence[Verdict]) -> Headline:
         title = f"Budget not proven: {', '.join(unknown)} not measured"
     else:
         kind, title = "good", "Budget met"
+    failed = () if results.compression is None else results.compression.failed
+    if failed:
+        kind, title = "bad", f"Not made: {', '.join(found.name for found in failed)}. {title}"
     return Headline(kind, title, student_sentence(results), issue_sentence(verdicts))
 
 
