@@ -47,6 +47,9 @@ BATCH_SIZE = 100
 MAX_SECONDS_ONE_BY_ONE = 280.0
 # In the folder of an artifact that could not be made: why, and of which compression.
 FAILURE_NAME = "failure.json"
+# Raised when the same network comes to other int8 files. 1: LiteRT's, TFLM's and ExecuTorch's have
+# the steps of the weights that training learned.
+INT8_FILES_VERSION = 1
 
 
 def artifact_kind(target: str, precision: str) -> str:
@@ -204,7 +207,7 @@ def artifact_stage(run: Run, compressed: Record, name: str, precision: Precision
         section["strict"] = True
     parents = {compressed.kind: compressed.hash}
     if precision == "int8":
-        section["largest_weight"] = WEIGHT_MAX
+        section |= {"largest_weight": WEIGHT_MAX, "files": INT8_FILES_VERSION}
         compared_with = float_state(run, compressed)
         parents[compared_with.kind] = compared_with.hash
     return run.begin(artifact_kind(name, precision), section=section, parents=parents)
