@@ -146,6 +146,34 @@ def test_weights_are_rounded_in_the_learned_steps(name, source, tmp_path):
         assert integers.abs().max() == 63, "as many bits as training rounded to"
 
 
+def test_pixels_are_normalised_and_rounded_once(source, tmp_path):
+    need("tflite")
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    artifact = find_target("tflite").export(source, tmp_path, precision="int8")
+    interpreter = Interpreter(
+        str(artifact.path),
+        experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+        experimental_preserve_all_tensors=True,
+    )
+    interpreter.allocate_tensors()
+    channels, height, width = SMALL_SHAPE
+    layer = next(
+        tensor
+        for tensor in interpreter.get_tensor_details()
+        if tensor["name"].startswith("pixel_normalization")
+        and list(tensor["shape"]) == [1, height, width, channels]
+    )
+    step, zero_point = layer["quantization"]
+    image_HWC = (small_images(1)[0].float() / 255).permute(1, 2, 0)
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image_HWC[None].numpy())
+    interpreter.invoke()
+    found_HWC = torch.tensor(interpreter.get_tensor(layer["index"]))[0]
+    wanted_HWC = (((image_HWC - 0.4) / 0.2) / step).round() + zero_point
+    differs = found_HWC != wanted_HWC.clamp(-128, 127)
+    assert differs.float().mean() < 0.01  # a half may go to either side
+
+
 @pytest.mark.parametrize("name", ["executorch", "tflite"])
 def test_ranges_of_another_network_are_not_taken(name, source, tmp_path):
     need(name)

@@ -151,6 +151,7 @@ def timed(monkeypatch, target, *, single_ms, strict, batch=100, batch_kind="one"
     monkeypatch.setattr(artifacts, "measure_latency", recorder)
     monkeypatch.setattr(artifacts, "measure_memory", lambda *arguments: nothing)
     monkeypatch.setattr(artifacts, "energy_of", lambda *arguments: nothing)
+    monkeypatch.setattr(artifacts, "count_instructions", lambda *arguments: "no reason")
     run = SimpleNamespace(
         recipe=SimpleNamespace(
             release=SimpleNamespace(device=None),
@@ -160,7 +161,7 @@ def timed(monkeypatch, target, *, single_ms, strict, batch=100, batch_kind="one"
         splits=SimpleNamespace(test=range(3)),
         source=SimpleNamespace(images=lambda rows: torch.zeros(3, 1, 8, 8, dtype=torch.uint8)),
     )
-    files = SimpleNamespace(target=target, batch=batch_kind, folder=None)
+    files = SimpleNamespace(target=target, batch=batch_kind, folder=None, path=None)
     timing = artifacts.measured(run, None, files)
     rows = timing["latency"]["measurements"]
     assert [(row["batch_size"], row["num_threads"]) for row in rows] == recorder.asked

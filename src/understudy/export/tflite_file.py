@@ -30,6 +30,7 @@ from understudy.export.tracing import (
     quiet,
     trace,
 )
+from understudy.models.build import NormalizedModel
 
 METADATA_NAME = "understudy"
 # What the converter calls the only input and signature of a model.
@@ -38,6 +39,8 @@ SIGNATURE_NAME = "serving_default"
 _NO_OPERATOR = re.compile(r"Lowering not found: ([\w.]+)")
 # Classes of ``_named_after_layers``, as they stand in the converter's locations.
 _LAYER = re.compile(r"layer\.([^$/;]*)\$")
+# The layer that normalises pixels in an int8 file; a network of the user's has none of that name.
+NORMALIZATION = "pixel_normalization"
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
 # The one entry of the converter's metadata that runtimes read.
 _KEPT_METADATA = b"min_runtime_version"
@@ -69,10 +72,22 @@ class ChannelsLast(nn.Module):
         return logits_NK
 
 
-def convert(source: ExportSource, *, target: str, split_hard_swish: bool = False) -> bytes:
+class _NormalizedByConvolution(NormalizedModel):
+    """A model that normalises pixels by a depthwise convolution of one pixel."""
+
+    def normalize(self, images_NCHW: Tensor) -> Tensor:
+        pixels_NCHW: Tensor = self.get_submodule(NORMALIZATION)(images_NCHW)
+        return pixels_NCHW
+
+
+def convert(
+    source: ExportSource, *, target: str, for_int8: bool = False, split_hard_swish: bool = False
+) -> bytes:
     """Return the float32 file of one image.
 
     Args:
+        for_int8: pixels are normalised by a convolution, whose sum is rounded once. Of a product
+            and a sum both would be, with coarse constants.
         split_hard_swish: as products and sums. LiteRT's fast kernels have no hard swish in int8.
 
     Raises:
@@ -81,6 +96,8 @@ def convert(source: ExportSource, *, target: str, split_hard_swish: bool = False
     """
     model = portable_copy(source.model)
     check_float_layers(model, source.float_layers)
+    if for_int8:
+        _normalize_by_convolution(model)
     if split_hard_swish:
         _split_hard_swish(model)
     channels, height, width = source.image_shape
@@ -173,6 +190,17 @@ class _HardSwish(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return (features * (1 / 6)) * nn.functional.relu6(features + 3)
+
+
+def _normalize_by_convolution(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        if type(module) is NormalizedModel and module.color_order == "rgb":
+            channels = module.scale.numel()
+            layer = nn.Conv2d(channels, channels, kernel_size=1, groups=channels)
+            layer.weight = nn.Parameter(module.scale.view(-1, 1, 1, 1))
+            layer.bias = nn.Parameter(module.shift.flatten())
+            module.add_module(NORMALIZATION, layer)
+            module.__class__ = _NormalizedByConvolution
 
 
 def _split_hard_swish(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from understudy.export.learned_ranges import Bounds, LayerRanges, learned_ranges
 from understudy.export.target import ExportSource, require_package
 from understudy.export.tflite_file import (
     INPUT_NAME,
+    NORMALIZATION,
     SIGNATURE_NAME,
     WEIGHTED,
     flatbuffer_tools,
@@ -89,8 +90,13 @@ def _with_learned(found: Ranges, content: bytes, learned: Sequence[LayerRanges])
     Weights have a range only if theirs were learned; the quantizer finds those of the others.
     """
     file = _File(content)
-    nodes = [node for node in file.graph.operators if file.operator(node) in WEIGHTED]
-    layers = [file.tensor_name(node.outputs[0]).partition(":")[0] for node in nodes]
+    named = [
+        (node, file.tensor_name(node.outputs[0]).partition(":")[0])
+        for node in file.graph.operators
+        if file.operator(node) in WEIGHTED
+    ]
+    nodes = [node for node, layer in named if layer.rpartition(".")[2] != NORMALIZATION]
+    layers = [layer for _, layer in named if layer.rpartition(".")[2] != NORMALIZATION]
     if layers != [row.layer for row in learned]:
         return found  # The converter split or merged layers.
     changed = dict(found)

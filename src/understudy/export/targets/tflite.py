@@ -23,7 +23,9 @@ def export(source: ExportSource, folder: Path, *, precision: Precision) -> Artif
     if precision == "int8":
         source.calibration("tflite")
     in_int8 = precision == "int8"
-    content = tflite_file.convert(source, target="tflite", split_hard_swish=in_int8)
+    content = tflite_file.convert(
+        source, target="tflite", for_int8=in_int8, split_hard_swish=in_int8
+    )
     if in_int8:
         content = tflite_int8.quantize(content, source, target="tflite", float_ends=True)
     content = tflite_file.finish(content, tflite_file.metadata_entries(source))

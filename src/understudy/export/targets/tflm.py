@@ -49,7 +49,7 @@ def export(source: ExportSource, folder: Path, *, precision: Precision) -> Artif
         micro = require_package(
             "tflite_micro.python.tflite_micro.runtime", target="tflm", package="tflite-micro"
         )
-    content = tflite_file.convert(source, target="tflm")
+    content = tflite_file.convert(source, target="tflm", for_int8=precision == "int8")
     if precision == "int8":
         content = tflite_int8.quantize(content, source, target="tflm", float_ends=False)
     content = tflite_file.finish(content)
