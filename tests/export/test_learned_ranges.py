@@ -22,6 +22,8 @@ pytest.importorskip("torchao", reason="the extra 'compress' is not installed")
 pytestmark = pytest.mark.slow
 
 
+# Normalising pixels is a layer of the file, but none that training learned ranges of.
+PIXELS = b"pixel_normalization"
 PACKAGES = {"executorch": "executorch", "tflite": "litert_torch", "tflm": "tflite_micro"}
 
 
@@ -87,7 +89,12 @@ def weight_integers(path):
     tools = flatbuffer_tools()
     file = tools.read_model_from_bytearray(path.read_bytes())
     tensors = file.subgraphs[0].tensors
-    layers = [n for n in file.subgraphs[0].operators if operator_name(tools, file, n) in WEIGHTED]
+    layers = [
+        node
+        for node in file.subgraphs[0].operators
+        if operator_name(tools, file, node) in WEIGHTED
+        and not tensors[node.outputs[0]].name.startswith(PIXELS)
+    ]
     weights = [tensors[node.inputs[1]] for node in layers]
     return [
         (
@@ -113,6 +120,7 @@ def activation_scales(path):
     return [
         (operator_name(tools, file, node), scale(node.inputs[0]), scale(node.outputs[0]))
         for node in graph.operators
+        if not graph.tensors[node.outputs[0]].name.startswith(PIXELS)
     ]
 
 
