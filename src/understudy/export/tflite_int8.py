@@ -24,8 +24,16 @@ from understudy.export.tracing import calibration_batches, quiet
 MAX_CALIBRATION_IMAGES = 500
 _MIN_RANGE = 2.0**-10
 _LARGEST = 127
-# What comes out of them has the scale of what goes in.
-_MOVING = ("PAD", "TRANSPOSE", "RESHAPE")
+# What comes out of them has the scale of what goes in, here by the places of those inputs. All but
+# the first three mirror pictures.
+_MOVING = {
+    "PAD": slice(1),
+    "TRANSPOSE": slice(1),
+    "RESHAPE": slice(1),
+    "CONCATENATION": slice(None),
+    "GATHER_ND": slice(1),
+    "SELECT_V2": slice(1, None),
+}
 
 Ranges = Mapping[str, Mapping[str, Any]]
 
@@ -144,11 +152,9 @@ class _File:
 
     def moved_from(self, place: int) -> list[int]:
         """Return this tensor and those that it holds the values of, in other places."""
-        places = [place]
-        while (node := self.producers.get(place)) and self.operator(node) in _MOVING:
-            place = node.inputs[0]
-            places.append(place)
-        return places
+        node = self.producers.get(place)
+        moved = [] if node is None else node.inputs[_MOVING.get(self.operator(node), slice(0))]
+        return [place, *(origin for other in moved for origin in self.moved_from(other))]
 
     def scaled(self, place: int, bounds: Bounds) -> list[tuple[int, Bounds]]:
         """Return the products of this tensor and one constant number, with their ranges.
