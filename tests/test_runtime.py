@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +59,34 @@ def test_memory_that_a_step_frees_is_not_cleared_again() -> None:
     left = faults_a_step("leave")
     assert left > 1000
     assert faults_a_step("keep") < left / 10
+
+
+HUGE_PAGES = """
+import sys
+import torch
+from understudy.runtime import keep_freed_memory
+
+keep_freed_memory()
+values = torch.zeros(2**24)
+for line in open("/proc/self/smaps_rollup"):
+    if line.startswith("AnonHugePages:"):
+        print(line.split()[1])
+"""
+
+
+def huge_pages_are_on_request() -> bool:
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+    return "[madvise]" in setting and platform.libc_ver()[0] == "glibc"
+
+
+@pytest.mark.skipif(
+    not huge_pages_are_on_request(), reason="no huge pages on request (Linux with glibc)"
+)
+def test_large_tensors_lie_in_huge_pages() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", HUGE_PAGES], capture_output=True, text=True, check=True
+    )
+    assert int(finished.stdout) >= 32 * 1024, "kB, half of the tensor's at least"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import signal
@@ -51,6 +52,10 @@ SECONDS_OF_ONE_REQUEST = 1.0
 # Parameters of mallopt(3): no block is mapped apart (M_MMAP_MAX), the top of the heap stays
 # (M_TRIM_THRESHOLD) and grows in steps of 64 MiB (M_TOP_PAD).
 _KEEPING = ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))
+# MADV_HUGEPAGE of madvise(2), and how much of the heap is to have such pages. These are addresses:
+# memory is taken as it is written.
+_HUGE_PAGES = 14
+_HUGE_PAGES_BYTES = 2**30
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -88,14 +93,23 @@ def keep_freed_memory() -> None:
 
     A training step frees its activations, some megabytes each. glibc gives blocks of that size back
     at once, and the system clears the pages again on the next step: a third to half of a small
-    network's training time on a CPU. Elsewhere than on glibc nothing is done.
+    network's training time on a CPU. What is kept lies in huge pages where Linux has them on
+    request, so that fewer addresses have to be looked up. Elsewhere than on glibc nothing is done.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        library = ctypes.CDLL(None)
+        mallopt, madvise, malloc = library.mallopt, library.madvise, library.malloc
     except (OSError, TypeError, AttributeError):
         return  # not glibc
     for parameter, value in _KEEPING:
         mallopt(parameter, value)
+    malloc.restype = ctypes.c_void_p
+    start = malloc(ctypes.c_size_t(_HUGE_PAGES_BYTES))
+    if start is not None:
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = start + _HUGE_PAGES_BYTES - first
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _HUGE_PAGES)
+        library.free(ctypes.c_void_p(start))
 
 
 @cache
