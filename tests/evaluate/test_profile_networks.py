@@ -106,7 +106,7 @@ def test_what_is_exported_is_the_network_that_is_compared(tmp_path):
         ("their_nets:constant", {}, "is not callable: 'constant'"),
         ("their_nets:mke", {}, "has no 'mke'; expected one of its callables, such as make"),
         ("their_nets:needs", {}, "missing a required argument: 'width'.*callable that needs no"),
-        ("no_such_module:make", {}, "No module named 'no_such_module'.*PYTHONPATH"),
+        ("no_such_module:make", {}, "No module named 'no_such_module'.*the folder that it lies in"),
         ("their nets:make", {}, "malformed model 'their nets:make'; expected one of resnet"),
         ("mlp", {"shape": "3,8"}, "shape of the pictures is '3,8'"),
         ("their_nets:make", {"shape": "2,9,9"}, r"pictures \[2, 2, 9, 9\] raised.*--shape"),

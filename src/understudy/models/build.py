@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -106,6 +108,9 @@ def _build_user(
     name: str, num_classes: int, image_shape: ImageShape, arguments: dict[str, Any]
 ) -> nn.Module:
     module_name, _, attribute = name.partition(":")
+    # A console script does not look there by itself. Last, so that nothing installed is hidden.
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -113,7 +118,7 @@ def _build_user(
             problem(
                 f"model '{name}': {error}",
                 expected="a module that Python can import",
-                mend="Install its package, or run with PYTHONPATH naming the folder it lies in.",
+                mend="Install its package, or run in the folder that it lies in.",
             )
         ) from error
     make = getattr(module, attribute, None)

@@ -15,8 +15,14 @@ from understudy.models.catalog import check_model
 from understudy.recipes.run import Run
 from understudy.recipes.schema import Recipe, parse_recipe
 from understudy.recipes.sections import DataSection, StudentSection, TeacherSection, ViewsSection
+from understudy.recipes.strategies import Strategy
+from understudy.train.distill_settings import DistillSettings
 
 SectionType = TypeVar("SectionType", bound=BaseModel)
+
+
+class _StrategyOf(BaseModel):
+    strategy: Strategy
 
 
 def check_recipe(run: Run) -> None:
@@ -67,11 +73,13 @@ def parse_checked(values: Any, *, origin: str = "recipe") -> Recipe:
     try:
         return parse_recipe(values, origin=origin)
     except RecipeError as error:
-        found = sound_section_problems(values) if isinstance(values, dict) else []
-        raise RecipeError(*error.problems, *found) from None
+        found = sound_section_problems(values, origin) if isinstance(values, dict) else []
+        # The check of parts against each other runs only when each is valid by itself.
+        new = [text for text in found if not any(text in told for told in error.problems)]
+        raise RecipeError(*error.problems, *new) from None
 
 
-def sound_section_problems(values: dict[str, Any]) -> list[str]:
+def sound_section_problems(values: dict[str, Any], origin: str) -> list[str]:
     """Return what is wrong with sections that are valid by themselves."""
     problems = []
     if (data := sound(DataSection, values.get("data"))) is not None:
@@ -82,6 +90,12 @@ def sound_section_problems(values: dict[str, Any]) -> list[str]:
         problems += check_student_section(student)
     if (views := sound(ViewsSection, values.get("views"))) is not None:
         problems += check_spec(views.spec, where="views.transforms")
+    strategy = sound(_StrategyOf, {"strategy": values.get("strategy") or {"name": "offline"}})
+    distillation = sound(DistillSettings, values.get("distillation") or {})
+    told = teacher is not None or values.get("teacher") is None
+    if strategy is not None and distillation is not None and told:
+        unfit = strategy.strategy.problems(teacher, distillation)
+        problems += [f"{origin}: {text}." for text in unfit]
     return problems
 
 
