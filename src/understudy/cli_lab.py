@@ -26,7 +26,8 @@ def paper(
     only: Annotated[
         list[str] | None,
         typer.Option("--only", metavar="ITEM", help="parameters, operators, dropout, accuracy, "
-                     "online, pretrained, alpha, temperature; repeatable. Default: all."),
+                     "online, pretrained, alpha, temperature; repeatable. Default: all; pretrained "
+                     "only with --teacher or --vit."),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", help="More of them go on later.")] = 100,
     grid_epochs: Annotated[

@@ -19,8 +19,10 @@ class DataSection(Section):
     source: Annotated[
         str,
         Field(
-            description="`digits`, a Parquet or Arrow file or a folder of them, an image folder, "
-            "or the name of a data set on the Hugging Face hub."
+            description="`digits`, a Parquet or Arrow file or a folder of them "
+            "(`train*.parquet`, `test*.parquet`), an image folder (`CLASS/*.png` or "
+            "`train/CLASS/*.png`), a `save_to_disk` folder, or the name of a data set on the "
+            "Hugging Face hub."
         ),
     ] = "digits"
     splits: Annotated[

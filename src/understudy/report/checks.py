@@ -103,8 +103,8 @@ CHECKS: tuple[Check, ...] = (
             "chance gives"
         ),
         mend=(
-            "Fit a temperature on the calibration split, or change label smoothing or the "
-            "KL weight."
+            "Change label smoothing, the KL weight or its temperature, or divide the logits by a "
+            "number that is fitted on validation."
         ),
         judge=judges.well_calibrated,
     ),
@@ -135,10 +135,7 @@ CHECKS: tuple[Check, ...] = (
             "samples were skipped or reported, a class is empty, or the largest class has "
             "over 10 times the smallest (tip)"
         ),
-        mend=(
-            "Mend or drop the rows listed under Data; collect more of the rare classes or "
-            "weigh them."
-        ),
+        mend="Mend or drop the rows listed under Data; collect more of the rare classes.",
         judge=judges.data_is_clean,
     ),
     Check(
@@ -174,7 +171,7 @@ CHECKS: tuple[Check, ...] = (
         code="US012",
         title="Training finite",
         raised_when="training was rolled back after a loss or gradient that was not finite",
-        mend="Lower the learning rate, set clip_norm or turn bf16 off.",
+        mend="Lower the learning rate, set training.clip_norm, or training.precision to float32.",
         judge=judges.training_was_finite,
     ),
     Check(

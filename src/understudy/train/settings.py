@@ -115,7 +115,7 @@ class TrainSettings(Section):
         LastViews | None,
         Field(
             description="Views for the last epochs alone, for instance unmixed ones; null: every "
-            "view comes again and again.",
+            "view comes again and again. Of a student only: teachers and heads refuse it.",
             exclude_if=lambda value: value is None,  # so that older trainings keep their keys
         ),
     ] = None
