@@ -6,6 +6,7 @@ from understudy.errors import RecipeError
 from understudy.recipes.check import check_recipe
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
+from understudy.recipes.train import role_section
 
 SEPARABLE = {"name": "separable", "arguments": {"stages": [[8, 1], [8, 2]]}}
 RESNET = {"name": "resnet8", "arguments": {"widths": [4, 8, 16]}}
@@ -44,6 +45,11 @@ def test_every_loss_passes_with_its_defaults_on_embeddings_or_named_layers(probl
     [
         ({"rdk": {}}, "unknown loss 'rdk', did you mean rkd"),
         ({"rkd": {"arguments": {"distance": 1}}}, "rkd has no argument 'distance'"),
+        ({"crd": {"arguments": {"embedding_size": -1}}}, "embedding_size is -1, expected a whole"),
+        ({"review": {"arguments": {"mid_channels": 2.5}}}, "mid_channels is 2.5, expected a whole"),
+        ({"dist": {"arguments": {"temperature": 0}}}, "temperature is 0, expected above 0"),
+        ({"dkd": {"arguments": {"target_weight": -1}}}, "target_weight is -1, expected 0 or more"),
+        ({"salient_attention": {"arguments": {"background": 2}}}, "background is 2, expected betw"),
         ({"dkd": {"layers": [{}]}}, "dkd reads logits: drop layers and keep"),
         ({"rkd": {"layers": [{}, {}]}}, "rkd takes one pair of layers, not 2"),
         ({"hint": {"keep": "attention"}}, "hint cannot be computed from keep 'attention'"),
@@ -112,3 +118,18 @@ def test_a_strategy_says_what_it_needs(problems):
     assert "strategy mutual has no teacher" in text
     (text,) = problems(strategy={"name": "onlin"})
     assert "online" in text
+
+
+def test_a_training_depends_on_the_precision_of_a_teacher_that_it_runs_itself(tmp_path):
+    def section(precision, *, live):
+        values = {
+            "teacher": {"model": RESNET, "training": {"num_epochs": 1}},
+            "student": {"model": SEPARABLE},
+            "data": {"source": "digits"},
+            "labelling": {"precision": precision, "live": live},
+        }
+        return role_section(Run(parse_recipe(values), tmp_path / "run", tmp_path), "student")
+
+    assert section("float32", live=True) != section("bfloat16", live=True)
+    # Stored outputs are a parent, which has a key of its own.
+    assert section("float32", live=False) == section("bfloat16", live=False)

@@ -36,6 +36,7 @@ from understudy.recipes.pruned_speed import time_pruned
 from understudy.recipes.quantize_step import quantize_step
 from understudy.recipes.run import Run
 from understudy.recipes.step_limits import Counted, LimitsVerdict, judge_limits
+from understudy.recipes.train import live_section
 
 # What the ONNX file of a step can be asked for; training time is the student's own.
 FILE_LIMITS = ("num_params", "macs", "model_size_bytes", "latency_ms", "peak_memory_bytes")
@@ -176,6 +177,7 @@ def run_step(run: Run, number: int, step: PruneStep | QuantizeStep, state: State
     names = ("seed", "views", "device", "distillation", "strategy", "measurement")
     section = run.recipe.section(*names) | {"budget": file_budget(run).model_dump(mode="json")}
     section |= {"step": step.model_dump(mode="json"), "gates": gates.model_dump(mode="json")}
+    section |= live_section(run)
     if isinstance(step, QuantizeStep):
         section["largest_weight"] = WEIGHT_MAX
         if step.method == "aware" and run.recipe.student.flip_average:

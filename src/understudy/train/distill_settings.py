@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from understudy.settings import Section
-from understudy.train.loss_table import LOSSES, LossFacts, Reads
+from understudy.train.loss_table import LOSSES, LossFacts, Reads, argument_problem
 from understudy.train.settings import Schedule, Share, Temperature, Weight
 
 FeatureKind = Literal["map", "pooled", "attention"]
@@ -194,6 +194,11 @@ def _loss_problems(name: str, losses: dict[str, LossSettings]) -> list[str]:
         f"{name} has no argument {argument!r} (it has: {', '.join(facts.arguments) or 'none'})"
         for argument in settings.arguments
         if argument not in facts.arguments
+    ]
+    problems += [
+        f"{name}.arguments.{argument} is {value:g}, expected {expected}"
+        for argument, value in settings.arguments.items()
+        if argument in facts.arguments and (expected := argument_problem(argument, value))
     ]
     if facts.reads == "logits" and (settings.layers or settings.keep):
         problems.append(f"{name} reads logits: drop layers and keep")

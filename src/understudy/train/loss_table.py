@@ -5,7 +5,7 @@ Importing this module does not import torch. ``terms.py`` holds the functions un
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +32,25 @@ class LossFacts:
     needs_labels: bool = False
     one_layer: bool = False
     arguments: Mapping[str, float | None] = field(default_factory=dict)
+
+
+# What an argument of that name may be in any loss, and whether of a number.
+ARGUMENT_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("temperature", "gamma", "peak_limit"), ("above 0", lambda v: v > 0)),
+    **dict.fromkeys(
+        ("mid_channels", "num_negatives", "embedding_size"),
+        ("a whole number from 1", lambda v: v >= 1 and v == int(v)),
+    ),
+    "salient_share": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "background": ("between 0 and 1", lambda v: 0 < v < 1),
+}
+WEIGHT_RANGE: tuple[str, Callable[[float], bool]] = ("0 or more", lambda v: v >= 0)
+
+
+def argument_problem(name: str, value: float) -> str | None:
+    """Return what an argument should be, where it is not; None: it is right."""
+    expected, holds = ARGUMENT_RANGES.get(name, WEIGHT_RANGE)
+    return None if holds(value) else expected
 
 
 # Weights: those of Tian et al. 2020 ("Contrastive representation distillation", appendix) where the
