@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
+from tiny_run import TINY_RECIPE
 from understudy.artifacts import Record
 from understudy.compress.settings import CompressionSection
 from understudy.evaluate.budget import Budget
@@ -12,8 +14,11 @@ from understudy.evaluate.latency import Latency, Measurement
 from understudy.export.artifact_parity import ArtifactParity
 from understudy.export.divergence import Divergence
 from understudy.recipes import artifacts
-from understudy.recipes.artifact_budget import artifact_budget
+from understudy.recipes.artifact_budget import artifact_budget, artifact_budgets, shipped_budget
+from understudy.recipes.compressed import Network
 from understudy.recipes.int8_loss import float_state, most_int8_may_lose, quantised_afterwards
+from understudy.recipes.run import Run
+from understudy.recipes.schema import parse_recipe
 
 
 def parity(precision):
@@ -268,3 +273,39 @@ def test_what_a_batch_is_expected_to_take_proves_nothing(judged):
     assert row.detail.endswith("not measured (estimate: 100 pictures one by one)")
     (row,) = judged(record, latency_ms=limit, strict=True)
     assert row.status == "failed"
+
+
+# Of which student
+
+
+@pytest.fixture
+def shipped(tmp_path):
+    """A run of which only the records are there: student, a compression without steps, one file."""
+    recipe = TINY_RECIPE + "budget: {num_params: 1000}\nrelease: {targets: [onnx]}\n"
+    run = Run(parse_recipe(yaml.safe_load(recipe)), tmp_path, tmp_path)
+    student = trained(run, num_steps=1)
+    compressed = Record(
+        kind="compression",
+        key="key",
+        seed=0,
+        parents={"student": student.hash},
+        recipe=run.recipe.section("compression"),
+        payload={"steps": [], "network": Network().to_json()},
+    ).save(tmp_path / "compression")
+    payload = {"target": "onnx", "size_bytes": 9, "num_params": 2000, "facts": {}}
+    parents, kind = {"compression": compressed.hash}, "artifact-onnx-float32"
+    record = Record(kind=kind, key="key", seed=0, parents=parents, payload=payload)
+    record.save(tmp_path / record.kind)
+    return run
+
+
+def trained(run, num_steps):
+    payload, timing = {"num_steps": num_steps}, {"train_seconds": 1.0}
+    record = Record(kind="student", key="key", seed=0, payload=payload, timing=timing)
+    return record.save(run.folder / "student")
+
+
+def test_files_of_a_student_that_was_trained_anew_since_do_not_decide_its_budget(shipped):
+    assert shipped_budget(shipped)["num_params"]["status"] == "failed"
+    trained(shipped, num_steps=2)
+    assert artifact_budgets(shipped) == shipped_budget(shipped) == {}

@@ -12,15 +12,15 @@ from understudy.evaluate.devices import Device, estimate_time, facts_for
 from understudy.recipes.artifact_energy import device_of
 from understudy.recipes.artifacts import artifact_kind, release_budget, wanted_artifacts
 from understudy.recipes.chain import earlier_seconds
-from understudy.recipes.compressed import KIND, last_network
+from understudy.recipes.compressed import KIND, current_compression, last_network
 from understudy.recipes.run import Run
 
 
 def artifact_budgets(run: Run) -> dict[str, list[BudgetRow]]:
     """Return the budget's rows of every artifact that belongs to the run as it is, by stage."""
-    if not (run.folder / KIND / RECORD_NAME).exists():
+    compressed = current_compression(run)
+    if compressed is None:
         return {}
-    compressed = Record.load(run.folder / KIND)
     kinds = [artifact_kind(*found) for found in wanted_artifacts(run, last_network(compressed))]
     records = [
         Record.load(run.folder / kind)

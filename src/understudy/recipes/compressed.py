@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from understudy.artifacts import Record, content_hash
+from understudy.artifacts import RECORD_NAME, Record, content_hash
 from understudy.data.decode import ResizeRule
 from understudy.export.target import ExportSource, Precision
 from understudy.models.reshape import apply_channel_shapes
@@ -113,6 +113,17 @@ def prepared_network(run: Run, model: nn.Module, float_layers: tuple[str, ...], 
     images_NCHW = calibration_images(run)[:256]
     torch.manual_seed(run.seed_for("weights", "quantize"))
     return prepare_qat(model, example_NCHW=images_NCHW, float_layers=float_layers, **arguments)
+
+
+def current_compression(run: Run) -> Record | None:
+    """Return the compression of the run's student and recipe as they are now."""
+    if not (run.folder / KIND / RECORD_NAME).exists():
+        return None
+    last = Record.load(run.folder / KIND)
+    student = run.parent("student", "train")
+    if last.parents.get("student") != student.hash or last.recipe != run.recipe.section(KIND):
+        return None
+    return last
 
 
 def last_network(record: Record) -> Network:

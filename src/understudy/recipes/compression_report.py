@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from understudy.artifacts import RECORD_NAME, Record
+from understudy.artifacts import Record
 from understudy.evaluate.budget import BudgetRow
 from understudy.recipes.artifacts import failed_artifacts
-from understudy.recipes.compressed import KIND, steps_of
+from understudy.recipes.compressed import current_compression, steps_of
 from understudy.recipes.int8_loss import most_int8_may_lose
 from understudy.recipes.pruned_speed import pruned_speeds
 from understudy.recipes.run import Run
@@ -50,17 +50,6 @@ def current_steps(run: Run) -> list[Record] | None:
     """Return the steps that were made from the run's student and recipe as they are now."""
     compressed = current_compression(run)
     return None if compressed is None else steps_of(run, compressed)
-
-
-def current_compression(run: Run) -> Record | None:
-    """Return the compression of the run's student and recipe as they are now."""
-    if not (run.folder / KIND / RECORD_NAME).exists():
-        return None
-    last = Record.load(run.folder / KIND)
-    student = run.parent("student", "train")
-    if last.parents.get("student") != student.hash or last.recipe != run.recipe.section(KIND):
-        return None
-    return last
 
 
 def compressed_budget(run: Run) -> dict[str, dict[str, Any]]:
