@@ -1,5 +1,6 @@
 """What a release says of its files beyond the figures: reasons, what is counted, what is lost."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,14 @@ import yaml
 from tiny_run import TINY_RECIPE
 from understudy.artifacts import Record
 from understudy.compress.settings import CompressionSection
-from understudy.evaluate.budget import Budget
+from understudy.evaluate.budget import Budget, BudgetFacts, check_budget
 from understudy.evaluate.latency import Latency, Measurement
 from understudy.export.artifact_parity import ArtifactParity
 from understudy.export.divergence import Divergence
 from understudy.recipes import artifacts
 from understudy.recipes.artifact_budget import artifact_budget, artifact_budgets, shipped_budget
 from understudy.recipes.compressed import Network
+from understudy.recipes.compression_report import compressed_budget
 from understudy.recipes.int8_loss import float_state, most_int8_may_lose, quantised_afterwards
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
@@ -309,3 +311,46 @@ def test_files_of_a_student_that_was_trained_anew_since_do_not_decide_its_budget
     assert shipped_budget(shipped)["num_params"]["status"] == "failed"
     trained(shipped, num_steps=2)
     assert artifact_budgets(shipped) == shipped_budget(shipped) == {}
+
+
+def judged_anew(run, **limits):
+    """Return the rows of a compressed run whose budget was changed since, by limit."""
+    budget = Budget.model_validate(limits)
+    changed = dataclasses.replace(run, recipe=run.recipe.model_copy(update={"budget": budget}))
+    return compressed_budget(changed)
+
+
+def test_what_compression_left_is_held_against_the_limits_as_they_are_now(shipped):
+    limit = {"batch": 1, "threads": 1, "percentile": 95, "at_most": 5}
+    network = Network(weights="compression-1-prune").to_json()
+    measurements = [{"batch_size": 1, "num_threads": 1, "p95_ms": 4.0}]
+    asked = Budget.model_validate({"num_params": 800, "latency_ms": limit})
+    told = check_budget(asked, facts=BudgetFacts(num_params=700, measurements=measurements))
+    step = Record(
+        kind="compression-1-prune",
+        key="key",
+        seed=0,
+        recipe={"budget": {"latency_ms": limit}},
+        payload={"kept": True, "num_params": 700, "macs": 80, "file_bytes": 9, "network": network},
+        timing={"budget": [row.to_json() for row in told]},
+    ).save(shipped.folder / "compression-1-prune")
+    compressed = Record.load(shipped.folder / "compression")
+    payload = {"steps": [step.kind], "network": network}
+    dataclasses.replace(compressed, payload=payload).save(shipped.folder / "compression")
+
+    rows = judged_anew(shipped, num_params=700, latency_ms=limit)
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "num_params": "passed",
+        "latency_ms": "passed",
+    }
+    assert rows["num_params"]["detail"] == "100.0% of the limit, after compression"
+    rows = judged_anew(shipped, num_params=699, latency_ms=limit | {"at_most": 3})
+    assert {(row["limit"], row["status"]) for row in rows.values()} == {
+        (699, "failed"),
+        (3, "failed"),
+    }
+    # A time of another setting says nothing, and what nobody asked for was not measured.
+    rows = judged_anew(shipped, latency_ms=limit | {"percentile": 50}, peak_memory_bytes=1)
+    assert {row["status"] for row in rows.values()} == {"not_measured"}
+    rows = judged_anew(shipped, latency_ms=limit | {"batch": 2}, strict=True)
+    assert rows["latency_ms"]["status"] == "failed"

@@ -22,12 +22,12 @@ from understudy.compress.quant_affine import WEIGHT_MAX
 from understudy.compress.settings import Gates, PruneStep, QuantizeStep
 from understudy.errors import InputError, MissingExtraError
 from understudy.evaluate.accuracy import evaluate_logits
-from understudy.evaluate.budget import Budget, BudgetFacts, check_budget
+from understudy.evaluate.budget import BudgetFacts, check_budget
 from understudy.evaluate.latency import measure_latency
 from understudy.evaluate.memory import measure_memory
 from understudy.progress import log
 from understudy.recipes.check import problems_of
-from understudy.recipes.compressed import KIND, Network
+from understudy.recipes.compressed import KIND, Network, file_budget
 from understudy.recipes.evaluate import LOGITS_NAME
 from understudy.recipes.further_training import is_guided
 from understudy.recipes.gates import GateRow, check_budget_kept, check_gates, reason_of
@@ -37,9 +37,6 @@ from understudy.recipes.quantize_step import quantize_step
 from understudy.recipes.run import Run
 from understudy.recipes.step_limits import Counted, LimitsVerdict, judge_limits
 from understudy.recipes.train import live_section
-
-# What the ONNX file of a step can be asked for; training time is the student's own.
-FILE_LIMITS = ("num_params", "macs", "model_size_bytes", "latency_ms", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -279,8 +276,3 @@ def measured_budget(run: Run, made: Made, path: Path) -> list[dict[str, Any]]:
 def budget_rows(run: Run, facts: BudgetFacts) -> list[dict[str, Any]]:
     """Return the rows of the limits that a file can be asked for."""
     return [row.to_json() for row in check_budget(file_budget(run), facts=facts)]
-
-
-def file_budget(run: Run) -> Budget:
-    """Return the limits that a file can be asked for."""
-    return Budget(**{name: getattr(run.recipe.budget, name) for name in FILE_LIMITS})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from understudy.artifacts import RECORD_NAME, Record, content_hash
 from understudy.data.decode import ResizeRule
+from understudy.evaluate.budget import Budget
 from understudy.export.target import ExportSource, Precision
 from understudy.models.reshape import apply_channel_shapes
 from understudy.recipes.networks import WEIGHTS_NAME, build_model
@@ -23,6 +24,8 @@ SHAPES_NAME = "shapes.json"
 PREPARED_NAME = "prepared.safetensors"
 # Ranges are set by a few hundred pictures; more changes nothing that validation could show.
 MAX_CALIBRATION_IMAGES = 512
+# What the ONNX file of a step can be asked for; training time is the student's own.
+FILE_LIMITS = ("num_params", "macs", "model_size_bytes", "latency_ms", "peak_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,11 @@ def steps_of(run: Run, compressed: Record) -> list[Record]:
         else record
         for record in records
     ]
+
+
+def file_budget(run: Run) -> Budget:
+    """Return the limits that the ONNX file of a step can be asked for."""
+    return Budget(**{name: getattr(run.recipe.budget, name) for name in FILE_LIMITS})
 
 
 def onnx_path(run: Run, network: Network) -> Path:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from understudy.artifacts import Record
-from understudy.evaluate.budget import BudgetRow
+from understudy.evaluate.budget import BudgetFacts, BudgetRow, check_budget
 from understudy.recipes.artifacts import failed_artifacts
-from understudy.recipes.compressed import current_compression, steps_of
+from understudy.recipes.compressed import current_compression, file_budget, steps_of
 from understudy.recipes.int8_loss import most_int8_may_lose
 from understudy.recipes.pruned_speed import pruned_speeds
 from understudy.recipes.run import Run
@@ -55,15 +55,37 @@ def current_steps(run: Run) -> list[Record] | None:
 def compressed_budget(run: Run) -> dict[str, dict[str, Any]]:
     """Return the budget's rows of the student as compression left it, by limit.
 
-    Empty where no step was kept: then the student's own are what counts.
+    What was measured then is held against the limits as they are now. Empty where no step was kept:
+    then the student's own are what counts.
     """
     kept = [record for record in current_steps(run) or [] if record.payload["kept"]]
     if not kept:
         return {}
-    rows = {row["name"]: row for row in kept[-1].timing["budget"]}
+    is_strict = run.recipe.budget.strict
+    rows = check_budget(file_budget(run), facts=facts_of_step(kept[-1]), strict=is_strict)
     return {
-        name: {**row, "detail": f"{row['detail']}, after compression"} for name, row in rows.items()
+        row.name: {**row.to_json(), "detail": f"{row.detail}, after compression"} for row in rows
     }
+
+
+def facts_of_step(step: Record) -> BudgetFacts:
+    """Return what was measured of the ONNX file that a step made.
+
+    Time and memory were measured only if the budget asked for them, a time as it did then.
+    """
+    payload, limit = step.payload, step.recipe["budget"]["latency_ms"]
+    measured = {row["name"]: row["measured"] for row in step.timing["budget"]}
+    measurements = []
+    if limit is not None:
+        setting = {"batch_size": limit["batch"], "num_threads": limit["threads"]}
+        measurements = [{**setting, f"p{limit['percentile']}_ms": measured["latency_ms"]}]
+    return BudgetFacts(
+        num_params=payload["num_params"],
+        macs=payload["macs"],
+        model_size_bytes=payload["file_bytes"],
+        measurements=measurements,
+        peak_memory_bytes=measured.get("peak_memory_bytes"),
+    )
 
 
 def step_values(record: Record, limits: Mapping[str, Any]) -> dict[str, Any]:
