@@ -18,6 +18,7 @@ from understudy.package.reading import read_package
 from understudy.progress import log
 from understudy.recipes import compress as compress_module
 from understudy.recipes import prune_step as prune_module
+from understudy.recipes import step_limits
 from understudy.recipes.artifacts import failure_of
 from understudy.recipes.compress import compress
 from understudy.recipes.compression_report import compression_values
@@ -357,3 +358,45 @@ def test_flash_of_a_file_that_cannot_be_made_is_left_to_the_release_with_its_rea
     later = compression_values(run)["steps"][0]["judged_later"]
     assert [text.split(" (")[0] for text in later] == ["flash_bytes of c", "ram_bytes of c"]
     assert "the extra 'c'" in later[0]
+
+
+def test_what_cannot_be_told_after_a_step_takes_nothing_back_and_is_tried_again(
+    copied, tmp_path, monkeypatch, int8_fails
+):
+    # A strict budget fails what was not measured; the release says so, not the step.
+    profile = device(tmp_path, model_size_bytes=10**7, strict=True)
+    run, record = compressed_for(copied, profile, monkeypatch)
+    assert record.payload["network"]["precision"] == "int8"
+    reason = "not made: RuntimeError: the converter gave up"
+    quantize = compression_values(run)["steps"][-1]
+    assert quantize["judged_later"] == [f"model_size_bytes of onnx ({reason})"]
+    limits = copied.record("compression-2-limits")
+    # Another tool makes other files, and what could not be made is tried once more.
+    assert {"largest_weight", "files"} <= set(limits.recipe)
+    int8_fails()
+    run, again = compressed_for(copied, profile, monkeypatch)
+    quantize = compression_values(run)["steps"][-1]
+    assert quantize["judged_later"] == []
+    assert [row["status"] for row in quantize["gates"] if " of onnx" in row["name"]] == ["passed"]
+    # Nothing that ships is made from anything else than before.
+    assert again.hash == record.hash
+    assert "largest_weight" not in copied.record("compression-1-limits").recipe
+
+
+def test_a_measurement_that_fails_is_not_called_a_file_that_was_not_made(
+    copied, tmp_path, monkeypatch
+):
+    def refused(*arguments, **options):
+        raise InputError("it took too long.")
+
+    monkeypatch.setattr(step_limits, "measure_latency", refused)
+    profile = device(tmp_path, latency_ms={"at_most": 1000}, model_size_bytes=10**7)
+    profile.write_text(profile.read_text() + "is_this_machine: true\n")
+    run, record = compressed_for(copied, profile, monkeypatch)
+    assert record.payload["network"]["precision"] == "int8"
+    step = compression_values(run)["steps"][-1]
+    assert step["judged_later"] == ["latency_ms of onnx (not measured: it took too long.)"]
+    # What can be told of the same file is.
+    assert [row["name"] for row in step["gates"] if " of onnx" in row["name"]] == [
+        "budget.model_size_bytes of onnx"
+    ]

@@ -51,6 +51,8 @@ FAILURE_NAME = "failure.json"
 # the steps of the weights that training learned, and the first two normalise pixels without loss.
 # 2: those two mirror pictures without rounding them again.
 INT8_FILES_VERSION = 2
+# What every int8 file depends on besides the network, for the keys of stages that make some.
+INT8_SECTION = {"largest_weight": WEIGHT_MAX, "files": INT8_FILES_VERSION}
 
 
 def artifact_kind(target: str, precision: str) -> str:
@@ -208,7 +210,7 @@ def artifact_stage(run: Run, compressed: Record, name: str, precision: Precision
         section["strict"] = True
     parents = {compressed.kind: compressed.hash}
     if precision == "int8":
-        section |= {"largest_weight": WEIGHT_MAX, "files": INT8_FILES_VERSION}
+        section |= INT8_SECTION
         compared_with = float_state(run, compressed)
         parents[compared_with.kind] = compared_with.hash
     return run.begin(artifact_kind(name, precision), section=section, parents=parents)

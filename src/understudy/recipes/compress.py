@@ -79,12 +79,14 @@ def compress(run: Run) -> Record:
     check_compression(run)
     state = trained_student(run)
     records, verdicts = [state.record], {}
+    limits: dict[int, Record] = {}
     for number, step in enumerate(run.recipe.compression.steps, start=1):
         record = run_step(run, number, step, state)
         records.append(record)
         if not record.payload["kept"]:
             continue
-        verdict = verdicts[record.kind] = limits_verdict(run, number, step, state, record)
+        after = Counted(number, record, Network.from_json(record.payload["network"]))
+        verdict = verdicts[record.kind] = limits_verdict(run, step, state, after, limits)
         if not reason_of(verdict.rows):
             state = after_step(number, record)
     compressed = finish(run, records, verdicts, state)
@@ -93,18 +95,26 @@ def compress(run: Run) -> Record:
 
 
 def limits_verdict(
-    run: Run, number: int, step: PruneStep | QuantizeStep, state: State, record: Record
+    run: Run,
+    step: PruneStep | QuantizeStep,
+    state: State,
+    after: Counted,
+    limits: dict[int, Record],
 ) -> LimitsVerdict:
-    """Return what the limits on shipped files say of a step that kept its other gates."""
+    """Return what the limits on shipped files say of a step that kept its other gates.
+
+    Args:
+        after: what the step made of the state.
+        limits: as ``judge_limits`` takes them.
+    """
     if not (step.gates or run.recipe.compression.gates).budget:
         return LimitsVerdict()
     before = Counted(state.number, state.record, state.network)
-    after = Counted(number, record, Network.from_json(record.payload["network"]))
-    verdict = judge_limits(run, before, after)
+    verdict = judge_limits(run, before, after, limits)
     if reason := reason_of(verdict.rows):
-        log.info("%s: taken back: %s", record.kind, reason)
+        log.info("%s: taken back: %s", after.record.kind, reason)
     elif verdict.later:
-        log.info("%s: judged at the release: %s", record.kind, ", ".join(verdict.later))
+        log.info("%s: judged at the release: %s", after.record.kind, ", ".join(verdict.later))
     return verdict
 
 
@@ -120,12 +130,16 @@ def finish(
     reasons = {kind: reason_of(verdict.rows) for kind, verdict in verdicts.items()}
     taken_back = {kind: reason for kind, reason in reasons.items() if reason}
     asked = [record for verdict in verdicts.values() for record in verdict.records]
+    judged = {kind: verdict.to_json() for kind, verdict in verdicts.items() if verdict.records}
     stage = run.begin(
         KIND,
         section=run.recipe.section(KIND),
         parents={record.kind: record.hash for record in (*records, *asked)},
-        # What is timed anew may be judged otherwise.
-        holds=lambda record: record.payload.get("taken_back", {}) == taken_back,
+        # What is timed anew may be judged otherwise, and what could not be told before may be now.
+        holds=lambda record: (
+            record.payload.get("taken_back", {}) == taken_back
+            and record.timing.get("limits", {}) == judged
+        ),
     )
     if stage.record is not None:
         return stage.record
@@ -136,7 +150,6 @@ def finish(
     }
     if taken_back:
         payload["taken_back"] = taken_back
-    judged = {kind: verdict.to_json() for kind, verdict in verdicts.items() if verdict.records}
     return stage.finish(payload, timing={"limits": judged})
 
 
