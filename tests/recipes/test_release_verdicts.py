@@ -1,6 +1,7 @@
 """What a release says of its files beyond the figures: reasons, what is counted, what is lost."""
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,10 @@ from understudy.artifacts import Record
 from understudy.compress.settings import CompressionSection
 from understudy.evaluate.budget import Budget, BudgetFacts, check_budget
 from understudy.evaluate.latency import Latency, Measurement
+from understudy.evaluate.microcontroller import NEWLIB_PACKAGE, TOOLS
 from understudy.export.artifact_parity import ArtifactParity
 from understudy.export.divergence import Divergence
-from understudy.recipes import artifacts
+from understudy.recipes import artifacts, measuring_tools
 from understudy.recipes.artifact_budget import artifact_budget, artifact_budgets, shipped_budget
 from understudy.recipes.compressed import Network
 from understudy.recipes.compression_report import compressed_budget
@@ -354,3 +356,57 @@ def test_what_compression_left_is_held_against_the_limits_as_they_are_now(shippe
     assert {row["status"] for row in rows.values()} == {"not_measured"}
     rows = judged_anew(shipped, latency_ms=limit | {"batch": 2}, strict=True)
     assert rows["latency_ms"]["status"] == "failed"
+
+
+# Tools that were installed after a release
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """The tools that are installed, as a set that the test changes."""
+    found = set()
+    which = SimpleNamespace(which=lambda name: name if name in found else None)
+    monkeypatch.setattr(measuring_tools, "shutil", which)
+    monkeypatch.setattr(measuring_tools, "has_newlib", lambda: NEWLIB_PACKAGE in found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "needed"),
+    [
+        ("c", "microcontrollers", {*TOOLS, NEWLIB_PACKAGE}),
+        ("c", "compiled_bytes", {"size"}),
+        ("tflm", "instructions", {"valgrind"}),
+    ],
+)
+def test_a_measurement_is_made_once_its_tools_are_there(shipped, tools, target, name, needed):
+    compressed = Record.load(shipped.folder / "compression")
+    measured = {"microcontrollers": {"cortex-m4": {}}, "compiled_bytes": 9, "instructions": {}}
+    measured["instructions"]["machine"] = "x86_64"
+
+    def is_reused():
+        return artifacts.artifact_stage(shipped, compressed, target, "float32").record is not None
+
+    def finished(**timing):
+        stage = artifacts.artifact_stage(shipped, compressed, target, "float32")
+        return stage.finish({"target": target}, timing=timing)
+
+    def without():
+        return {other: value for other, value in measured.items() if other != name}
+
+    before = finished(**without(), tools=measuring_tools.tools_here(target))
+    assert is_reused()
+    tools |= set(sorted(needed)[1:])  # one is still missing
+    assert is_reused()
+    tools |= needed
+    assert not is_reused()
+    # What fails although its tools are there is not tried for ever.
+    again = finished(**without(), tools=measuring_tools.tools_here(target))
+    assert again.hash == before.hash
+    assert is_reused()
+    # Earlier records do not tell which tools there were.
+    shutil.rmtree(shipped.folder / again.kind)
+    finished(**without())
+    assert not is_reused()
+    finished(**measured)
+    assert is_reused()

@@ -164,6 +164,22 @@ def require_tools(cpu: str = "cortex-m4") -> None:
         )
 
 
+def has_newlib() -> bool:
+    """Return whether the cross compiler is here and finds the C library."""
+    try:
+        done = subprocess.run(
+            ["arm-none-eabi-gcc", "-print-file-name=rdimon.specs"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    # The name alone comes back for a file that it does not find.
+    return Path(done.stdout.strip()).is_absolute()
+
+
 def build(folder: Path, cpu: str, *, optimization: str) -> str:
     """Build the programs of a project folder for this core and return the commands that ran."""
     command = ["make", "-C", str(folder), cpu, f"OPTIMIZATION={optimization}"]

@@ -39,6 +39,7 @@ from understudy.progress import log, shown_progress
 from understudy.recipes.artifact_energy import device_of, energy_of
 from understudy.recipes.compressed import KIND, Network, export_source, last_network
 from understudy.recipes.int8_loss import float_accuracy, float_state, quantised_afterwards
+from understudy.recipes.measuring_tools import can_measure_more, tools_here
 from understudy.recipes.run import Run, Stage
 
 # Of one call: a runtime that takes one picture at a time gains nothing from larger ones.
@@ -199,7 +200,10 @@ def make_artifact(
 
 
 def artifact_stage(run: Run, compressed: Record, name: str, precision: Precision) -> Stage:
-    """Return the stage of one artifact: it is made from the student, for a device, as measured."""
+    """Return the stage of one artifact: it is made from the student, for a device, as measured.
+
+    It is made again, to the same files, where tools that measure it were installed since.
+    """
     device, limits = device_of(run), release_budget(run).model_dump(mode="json")
     section = run.recipe.section("measurement", "export") | {
         "min_agreement": run.recipe.release.min_agreement,
@@ -213,7 +217,12 @@ def artifact_stage(run: Run, compressed: Record, name: str, precision: Precision
         section |= INT8_SECTION
         compared_with = float_state(run, compressed)
         parents[compared_with.kind] = compared_with.hash
-    return run.begin(artifact_kind(name, precision), section=section, parents=parents)
+    return run.begin(
+        artifact_kind(name, precision),
+        section=section,
+        parents=parents,
+        holds=lambda record: not can_measure_more(record, name),
+    )
 
 
 def score_of(payload: Mapping[str, Any]) -> str:
@@ -338,7 +347,9 @@ def measured(run: Run, source: ExportSource, artifact: Artifact) -> dict[str, An
 
         timing["microcontrollers"] = on_microcontrollers(run, source, artifact)
         timing["compiled_bytes"] = compiled_bytes(artifact.folder)
+        timing["tools"] = tools_here("c")
     if artifact.target == "tflm":
+        timing["tools"] = tools_here("tflm")
         counted = count_instructions(artifact.path, images_NCHW)
         if isinstance(counted, str):
             log.warning("instructions: not measured: %s", counted)
