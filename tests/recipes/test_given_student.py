@@ -1,10 +1,15 @@
 """A student that is trained already is taken as it is: the run proves it and compresses it."""
 
 import pytest
+import yaml
 
 import understudy
+from tiny_run import TINY_RECIPE
 from understudy.artifacts import Record, file_hash
 from understudy.errors import RecipeError
+from understudy.recipes.compress import step_section
+from understudy.recipes.run import Run
+from understudy.recipes.schema import parse_recipe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,3 +66,22 @@ def test_weights_of_another_network_are_refused(unbroken, tiny_recipe, tmp_path)
     ]
     with pytest.raises(RecipeError, match="checkpoint"):
         understudy.distill(str(tiny_recipe), changes=changes, out=tmp_path / "run")
+
+
+def test_steps_that_go_on_from_it_depend_on_how_its_labels_are_smoothed(tmp_path):
+    """Of a student that is trained here that is in its own record, and of this one nowhere."""
+    further = {"num_epochs": 1, "batch_size": 64, "optimizer": {"name": "adamw"}}
+
+    def section(smoothing, guidance=None, training=further, checkpoint="student.safetensors"):
+        values = yaml.safe_load(TINY_RECIPE) | {"control": False}
+        values["training"]["label_smoothing"] = smoothing
+        values["student"]["checkpoint"] = checkpoint
+        prune = {"name": "prune", "num_macs": 9, "guidance": guidance, "training": training}
+        values["compression"] = {"steps": [prune]}
+        recipe = parse_recipe(values)
+        (step,) = recipe.compression.steps
+        return step_section(Run(recipe, tmp_path, tmp_path), step, recipe.compression.gates)
+
+    assert section(0.0) != section(0.1)
+    for unread in ({"guidance": "labels"}, {"training": None}, {"checkpoint": None}):
+        assert section(0.0, **unread) == section(0.1, **unread)

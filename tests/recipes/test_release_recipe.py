@@ -18,7 +18,7 @@ from understudy.export.onnx_run import onnx_logits
 from understudy.package.reading import read_package
 from understudy.package.statistics import reference_statistics
 from understudy.recipes.artifacts import answers, artifact_of, make_artifacts, release_budget
-from understudy.recipes.compress import compress
+from understudy.recipes.compress import compress, step_section
 from understudy.recipes.compression_report import compression_values
 from understudy.recipes.job import open_run
 from understudy.recipes.package_contents import model_card, shipped_metrics
@@ -377,3 +377,24 @@ def test_a_limit_below_what_pruning_can_reach_is_an_error(copied, warm):
     )
     assert finished.code == 2
     assert "lower round_to, or train a smaller network" in finished.err
+
+
+def sections(folder, **changes):
+    """Return what every step of the recipe depends on besides its parents."""
+    recipe = parse_recipe(small_recipe(**changes))
+    run = Run(recipe, folder, folder)
+    return [step_section(run, step, recipe.compression.gates) for step in recipe.compression.steps]
+
+
+def test_steps_depend_on_the_settings_that_they_read_and_on_no_others(tmp_path):
+    seconds = {"min_seconds": 0.05}
+    before = sections(tmp_path, measurement=seconds)
+    # Setting nothing leaves the keys of steps that were made when the whole section was in them.
+    recipe = parse_recipe(small_recipe(measurement=seconds))
+    assert [s["measurement"] for s in before] == [recipe.section("measurement")["measurement"]] * 2
+    others = {"batch_sizes": [1, 7], "num_threads": [2]}
+    assert sections(tmp_path, measurement=seconds | others) == before
+    assert sections(tmp_path, export={"parity_tolerance": 0.1}) == sections(tmp_path)
+    for changed in ({"measurement": {"min_seconds": 2}}, {"export": {"opset": 20}}):
+        after = sections(tmp_path, **{"measurement": seconds} | changed)
+        assert [new == old for new, old in zip(after, before, strict=True)] == [False, False]

@@ -25,6 +25,7 @@ from understudy.evaluate.accuracy import evaluate_logits
 from understudy.evaluate.budget import BudgetFacts, check_budget
 from understudy.evaluate.latency import measure_latency
 from understudy.evaluate.memory import measure_memory
+from understudy.export.target_names import DEFAULT_OPSET
 from understudy.progress import log
 from understudy.recipes.check import problems_of
 from understudy.recipes.compressed import KIND, Network, file_budget
@@ -35,6 +36,7 @@ from understudy.recipes.prune_step import Made, prune_step
 from understudy.recipes.pruned_speed import time_pruned
 from understudy.recipes.quantize_step import quantize_step
 from understudy.recipes.run import Run
+from understudy.recipes.schema import MeasurementSection
 from understudy.recipes.step_limits import Counted, LimitsVerdict, judge_limits
 from understudy.recipes.train import live_section
 
@@ -184,17 +186,9 @@ def run_step(run: Run, number: int, step: PruneStep | QuantizeStep, state: State
     """Return the record of one step, run now unless it was finished."""
     gates = step.gates or run.recipe.compression.gates
     kind = f"{KIND}-{number}-{step.name}"
-    names = ("seed", "views", "device", "distillation", "strategy", "measurement")
-    section = run.recipe.section(*names) | {"budget": file_budget(run).model_dump(mode="json")}
-    section |= {"step": step.model_dump(mode="json"), "gates": gates.model_dump(mode="json")}
-    section |= live_section(run)
-    if isinstance(step, QuantizeStep):
-        section["largest_weight"] = WEIGHT_MAX
-        if step.method == "aware" and run.recipe.student.flip_average:
-            section["learns_from"] = "one way"  # and not from the mean of both, as it once did
     parents = {state.record.kind: state.record.hash}
     parents["evaluation"] = run.parent("evaluation", "evaluate").hash
-    stage = run.begin(kind, section=section, parents=parents)
+    stage = run.begin(kind, section=step_section(run, step, gates), parents=parents)
     if stage.record is not None:
         return stage.record
     judge = Judge(run, gates, state)
@@ -226,6 +220,27 @@ def run_step(run: Run, number: int, step: PruneStep | QuantizeStep, state: State
     timed = [row.to_json() for row in rows if row.name.startswith("budget.")]
     timing = {"budget": budget, "budget_gates": timed, "speed": made.speed}
     return stage.finish(payload, files=made.files, timing=timing)
+
+
+def step_section(run: Run, step: PruneStep | QuantizeStep, gates: Gates) -> dict[str, Any]:
+    """Return the parts of the recipe that decide a step."""
+    recipe = run.recipe
+    section = recipe.section("seed", "views", "device", "distillation", "strategy")
+    section |= {"step": step.model_dump(mode="json"), "gates": gates.model_dump(mode="json")}
+    section["budget"] = file_budget(run).model_dump(mode="json")
+    # Steps are timed in a setting of their own, for so long: the rest stands at its defaults.
+    timed = MeasurementSection(min_seconds=recipe.measurement.min_seconds)
+    section["measurement"] = timed.model_dump(mode="json")
+    if recipe.export.opset != DEFAULT_OPSET:
+        section["opset"] = recipe.export.opset
+    # A student that was trained here has it in its own record.
+    if recipe.student.checkpoint is not None and step.training is not None and is_guided(run, step):
+        section["label_smoothing"] = recipe.training.label_smoothing
+    if isinstance(step, QuantizeStep):
+        section["largest_weight"] = WEIGHT_MAX
+        if step.method == "aware" and recipe.student.flip_average:
+            section["learns_from"] = "one way"  # and not from the mean of both, as it once did
+    return section | live_section(run)
 
 
 @dataclass(frozen=True)
