@@ -101,6 +101,9 @@ def test_the_files_decide_and_answer_as_the_stored_heads(finished, opened):
         assert row["parity"]["passed"]
         answer_NK = run_images(open_session(folder / row["name"]), images_NCHW)
         torch.testing.assert_close(answer_NK, logits_ENK[number], rtol=1e-3, atol=1e-3)
+    # As every file of the run, they name what made the student.
+    named = session.get_modelmeta().custom_metadata_map["understudy.recipe_hash"]
+    assert named == finished.record("student").key
     sizes = [row["num_params"] for row in payload["files"]]
     assert sizes == sorted(set(sizes))
     parity = payload["choice"]["parity"]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tiny_run import TINY_RECIPE, TinyRun
 from understudy.artifacts import Record
-from understudy.export.onnx_run import onnx_logits
+from understudy.export.onnx_run import onnx_logits, open_session
 from understudy.package.reading import read_package
 from understudy.package.statistics import reference_statistics
 from understudy.recipes.artifacts import answers, artifact_of, make_artifacts, release_budget
@@ -158,6 +158,19 @@ def test_the_card_scores_the_network_that_ships_where_no_files_were_run(released
     assert metrics["accuracy"] == pytest.approx(int8.payload["metrics"]["accuracy"], abs=0.01)
     card = model_card(opened, [unrun], {}, {})
     assert card.metrics["measured in"].startswith("PyTorch")
+
+
+def test_files_name_what_made_their_network_and_not_what_ships_beside_it(released):
+    run, _ = released
+    compression = run.record("compression").key
+    named = {
+        "export/student.onnx": run.record("student").key,
+        "artifact-onnx-int8/student.onnx": compression,
+        "artifact-onnx-float32/student.onnx": compression,
+    }
+    for name, key in named.items():
+        metadata = open_session(run.folder / name).get_modelmeta().custom_metadata_map
+        assert metadata["understudy.recipe_hash"] == key
 
 
 def test_what_is_finished_is_not_done_again(copied, warm):

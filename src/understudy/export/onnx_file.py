@@ -40,7 +40,8 @@ METADATA_KEYS = {
     "understudy.input": "JSON: name, dtype, layout, range, image_shape [C, H, W]",
     "understudy.output": "JSON: name, dtype, layout",
     "understudy.version": "version of understudy that wrote the file",
-    "understudy.recipe_hash": "SHA-256 of the recipe (when given)",
+    "understudy.recipe_hash": "SHA-256 of what made the network (when given): its part of the "
+    "recipe, and the records that it was made from",
 }
 
 

@@ -101,7 +101,8 @@ def make_artifacts(run: Run, compressed: Record) -> list[Record]:
     tried again next time.
     """
     network = last_network(compressed)
-    source = export_source(run, network)
+    # All of one compression name the same, whichever targets were asked for at the time.
+    source = export_source(run, network, recipe_hash=compressed.key)
     records = []
     for name, precision in wanted_artifacts(run, network):
         failure = run.folder / artifact_kind(name, precision) / FAILURE_NAME

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from understudy.artifacts import RECORD_NAME, Record, content_hash
+from understudy.artifacts import RECORD_NAME, Record
 from understudy.data.decode import ResizeRule
 from understudy.evaluate.budget import Budget
 from understudy.export.target import ExportSource, Precision
@@ -84,19 +84,21 @@ def resize_rule(run: Run) -> ResizeRule:
     return "stretch" if resized else "shorter_side_center_crop"
 
 
-def export_source(run: Run, network: Network) -> ExportSource:
-    """Return what the targets export from."""
+def export_source(run: Run, network: Network, *, recipe_hash: str = "") -> ExportSource:
+    """Return what the targets export from.
+
+    Args:
+        recipe_hash: the key of the network's record, for files that are to name it.
+    """
     model = load_network(run, network)
+    named = {"recipe_hash": recipe_hash} if recipe_hash else {}
     source = ExportSource(
         model=model,
         image_shape=run.source.image_shape,
         class_names=tuple(run.source.class_names),
         calibration_NCHW=calibration_images(run),
         float_layers=network.float_layers,
-        metadata={
-            "recipe_hash": content_hash(run.asked.model_dump(mode="json")),
-            "resize": resize_rule(run),
-        },
+        metadata={**named, "resize": resize_rule(run)},
         opset=run.recipe.export.opset,
     )
     if network.aware is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.artifacts import Record, content_hash
+from understudy.artifacts import Record
 from understudy.errors import InputError, problem
 from understudy.evaluate.accuracy import predict_logits
 from understudy.evaluate.exit_file import check_choice, exit_latencies_ms, mean_time_ms
@@ -56,7 +56,8 @@ def exits(run: Run) -> Record:
         class_names=run.source.class_names,
         opset=run.recipe.export.opset,
     )
-    facts = export_exits(run, stage.folder, network, writer)
+    metadata = {"recipe_hash": student.key}
+    facts = export_exits(run, stage.folder, network, writer, metadata)
     latencies_ms = measure_exits(run, writer)
     macs = exit_macs(network, run.source.image_shape)
     logits = {"validation": all_exit_logits(run, network, run.splits.validation)}
@@ -65,7 +66,7 @@ def exits(run: Run) -> Record:
         stage.folder / CHOICE_NAME,
         thresholds=policy.thresholds,
         temperatures=policy.temperatures,
-        metadata={"recipe_hash": recipe_hash(run)},
+        metadata=metadata,
     )
     logits["test"] = all_exit_logits(run, network, run.splits.test)
     payload = {
@@ -101,18 +102,17 @@ def require_exits(run: Run) -> ExitsSection:
     return run.recipe.exits
 
 
-def recipe_hash(run: Run) -> str:
-    """Return the hash that the run's files carry."""
-    return content_hash(run.recipe.model_dump(mode="json"))
-
-
 def file_name(number: int) -> str:
     """Return the name of the file of one exit."""
     return f"exit_{number}.onnx"
 
 
 def export_exits(
-    run: Run, folder: Path, network: ExitNetwork, writer: ExitWriter
+    run: Run,
+    folder: Path,
+    network: ExitNetwork,
+    writer: ExitWriter,
+    metadata: Mapping[str, str],
 ) -> list[dict[str, Any]]:
     """Write every exit as a file of its own, prove what it computes, and count what is in it."""
     options = run.recipe.export
@@ -120,7 +120,7 @@ def export_exits(
     rows = []
     for number in range(network.num_exits):
         path = folder / file_name(number)
-        facts = writer.write_exit(path, number, metadata={"recipe_hash": recipe_hash(run)})
+        facts = writer.write_exit(path, number, metadata=metadata)
         parity = check_parity(
             SingleExit(network, number), path, images_NCHW, tolerance=options.parity_tolerance
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from understudy.artifacts import Record, content_hash
+from understudy.artifacts import Record
 from understudy.evaluate.accuracy import evaluate_logits
 from understudy.evaluate.latency import measure_latency
 from understudy.evaluate.memory import measure_memory
@@ -39,7 +39,7 @@ def export(run: Run) -> Record:
         image_shape=source.image_shape,
         class_names=source.class_names,
         opset=options.opset,
-        metadata={"recipe_hash": content_hash(run.asked.model_dump(mode="json"))},
+        metadata={"recipe_hash": student.key},
     )
     test_N = run.splits.test
     parity = check_parity(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.artifacts import Record, content_hash
+from understudy.artifacts import Record
 from understudy.errors import RecipeError, problem
 from understudy.models.cost import ModelCost, model_cost
 from understudy.progress import log
@@ -233,7 +233,7 @@ def provenance(run: Run, found: Found) -> dict[str, Any]:
         "run_name": run.recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": run.recipe.seed,
-        "recipe_hash": content_hash(run.recipe.model_dump(mode="json")),
+        "recipe_hash": run.recipe_hash,
         "versions": any_profile.versions,
         "hardware": any_profile.hardware,
         "data": run.recipe.data.source,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from understudy.artifacts import Record, content_hash
+from understudy.artifacts import Record
 from understudy.errors import InputError, problem
 from understudy.evaluate.budget import BudgetFacts, check_budget
 from understudy.recipes.artifact_budget import artifact_budgets, shipped_budget
@@ -80,13 +80,12 @@ def gather_results(run: Run) -> RunResults:
         hours |= {"teacher": sum(seconds) / 3600} if any(seconds) else {}
     latency, memory = exported.timing["latency"], exported.timing["memory"]
     split, student = records["split"].payload, records["student"]
-    recipe = run.asked.model_dump(mode="json")
     values = {
         "run_name": run.recipe.name,
         "created": records["evaluation"].created,
         "seed": run.recipe.seed,
-        "recipe": recipe,
-        "recipe_hash": content_hash(recipe),
+        "recipe": run.asked.model_dump(mode="json"),
+        "recipe_hash": run.recipe_hash,
         "versions": student.versions,
         "hardware": student.hardware,
         "data": {**split, "num_skipped": num_skipped(split)},

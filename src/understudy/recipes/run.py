@@ -17,6 +17,7 @@ from torch import Tensor
 from understudy.artifacts import (
     RECORD_NAME,
     Record,
+    content_hash,
     hash_files,
     reusable_record,
     stage_key,
@@ -91,6 +92,15 @@ class Run:
     def asked(self) -> Recipe:
         """The recipe as the user wrote it."""
         return self.derived_from or self.recipe
+
+    @property
+    def recipe_hash(self) -> str:
+        """The hash of the whole recipe as the user wrote it, by which reports name it.
+
+        Files name a part of it by the key of their network's record: a change to the rest, such as
+        another target beside them, leaves them as they are.
+        """
+        return content_hash(self.asked.model_dump(mode="json"))
 
     def seed_for(self, *purpose: str) -> int:
         """Return a seed for one purpose, in every step of a chain another one."""

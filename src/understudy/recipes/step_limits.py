@@ -130,7 +130,7 @@ def state_limits(run: Run, state: Counted) -> Record:
     )
     if stage.record is not None:
         return stage.record
-    source = export_source(run, state.network)
+    source = export_source(run, state.network, recipe_hash=state.record.key)
     rows = [row for text in targets for row in target_rows(run, source, text, state.network)]
     # What was measured is no part of what was made.
     return stage.finish({"network": state.network.to_json()}, timing={"rows": rows})
