@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import socket
 import time
 from dataclasses import replace
 
@@ -14,7 +15,16 @@ from understudy.errors import InputError, TrainingError
 from understudy.search.plan import Pruned, SearchPlan
 from understudy.search.results import best_of, importances, read_results
 from understudy.search.space import parse_space
-from understudy.search.study import bind, check_bound, open_study, trial_folder, work
+from understudy.search.study import (
+    FOLDER_KEY,
+    bind,
+    check_bound,
+    is_of,
+    open_study,
+    place,
+    trial_folder,
+    work,
+)
 
 SPACE = parse_space(["x=0..1", "y=1|2|4"])
 GRID = parse_space(["x=1|2|3", "y=a|b"])
@@ -158,6 +168,36 @@ def test_a_trial_that_is_stopped_on_purpose_goes_on_however_often(tmp_path):
     sittings(tmp_path, "stops", 4)
     results = searched(SearchPlan(SPACE, num_trials=3), tmp_path, height)
     assert [row.state for row in results.trials] == ["complete"] * 3
+
+
+@pytest.mark.parametrize("claimed", ["now", "by an earlier version"])
+def test_a_half_done_trial_goes_on_after_folder_and_machine_have_other_names(
+    tmp_path, monkeypatch, claimed
+):
+    before, after = tmp_path / "before", tmp_path / "after"
+    if claimed == "by an earlier version":
+        monkeypatch.setattr(understudy.search.study, "place", lambda folder: f"old:{folder}")
+    sittings(before, "stops", 1)
+    monkeypatch.undo()
+    before.rename(after)
+    monkeypatch.setattr("socket.gethostname", lambda: "another-machine")
+    results = searched(SearchPlan(SPACE, num_trials=3), after, height)
+    assert [row.state for row in results.trials] == ["complete"] * 3
+
+
+def test_a_trial_belongs_to_one_folder(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+
+    def claimed_in(told):
+        return optuna.trial.create_trial(value=0.5, user_attrs={FOLDER_KEY: told})
+
+    assert place(one) == place(one) != place(other)
+    trial = claimed_in(place(one))
+    trial_folder(other, trial.number).mkdir(parents=True)
+    assert is_of(one, trial)
+    assert not is_of(other, trial)
+    assert not is_of(one, claimed_in("another-machine:/elsewhere"))
+    assert is_of(one, claimed_in(f"{socket.gethostname()}:{one.resolve()}"))
 
 
 def die_at_the_first_claim(folder, plan):

@@ -2,8 +2,8 @@
 
 Any number of processes, on any number of machines, work on one study. The storage numbers trials,
 and that number is the claim: nobody else has it, and what is drawn is a function of it. A trial
-whose process died is taken up by the next process that looks for work on the same machine and
-folder, with the same values: what its training left on disk is continued.
+whose process died is taken up by the next process that looks for work in the same folder, wherever
+that lies by then, with the same values: what its training left on disk is continued.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import socket
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from understudy.artifacts import write_text
 from understudy.errors import InputError, MissingExtraError, UnderstudyError, problem
 from understudy.progress import log
 from understudy.runtime import derive_seed
@@ -32,7 +34,7 @@ BINDING_KEY = "made_from"
 # Of a trial: the last epoch reported, whether it was asked to stop, and how often it died where.
 EPOCH_KEY, STOPPED_KEY, DEATHS_KEY = "epoch", "stopped", "deaths"
 MAX_DEATHS = 3
-TRIALS_NAME = "trials"
+TRIALS_NAME, PLACE_NAME = "trials", "place"
 
 
 def import_optuna() -> Any:
@@ -187,7 +189,7 @@ def take_up(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna
     """Return a trial whose process in this folder is gone, with its lock; None: there is none."""
     running = import_optuna().trial.TrialState.RUNNING
     for frozen in study.get_trials(deepcopy=False, states=(running,)):
-        if frozen.user_attrs.get(FOLDER_KEY) != place(folder):
+        if not is_of(folder, frozen):
             continue  # of another machine
         if frozen.number >= num_wanted(plan):
             continue  # left by ``claim``
@@ -209,7 +211,7 @@ def take_up(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna
 def claim(study: optuna.Study, plan: SearchPlan, folder: Path) -> tuple[optuna.Trial, Any] | None:
     """Return a new trial, with its lock; None: as many as are wanted were drawn.
 
-    It is created with its folder's name in it: whenever its process dies, that folder takes it up.
+    It is created with its folder's place in it: whenever its process dies, that folder takes it up.
     """
     if len(study.get_trials(deepcopy=False)) >= num_wanted(plan):
         return None
@@ -333,8 +335,27 @@ def trial_folder(folder: Path, number: int) -> Path:
 
 
 def place(folder: Path) -> str:
-    """Return where a search folder is, on which machine."""
-    return f"{socket.gethostname()}:{folder.resolve()}"
+    """Return the id of a search folder, drawn when it is first asked for; ``draw.lock`` is held.
+
+    It lies in the folder and moves with it, to another disk or another machine.
+    """
+    path = folder / PLACE_NAME
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex)
+    return path.read_text().strip()
+
+
+def is_of(folder: Path, trial: optuna.trial.FrozenTrial) -> bool:
+    """Return whether a trial was claimed in this folder.
+
+    Databases of earlier versions name the machine and the path. Where those have changed since, the
+    trial's own folder tells: only the search that claimed a trial makes it one.
+    """
+    claimed_in = str(trial.user_attrs.get(FOLDER_KEY))
+    if ":" not in claimed_in:
+        return claimed_in == place(folder)
+    is_here = claimed_in == f"{socket.gethostname()}:{folder.resolve()}"
+    return is_here or trial_folder(folder, trial.number).is_dir()
 
 
 @contextlib.contextmanager
