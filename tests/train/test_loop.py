@@ -217,6 +217,16 @@ def test_a_non_finite_loss_is_rolled_back_and_never_reaches_the_weights(
         assert row["num_rollbacks"] == 1
 
 
+def test_epochs_that_are_rolled_back_are_told_once(make_plan, make_network, fabric):
+    # Of the checkpoints of a 5-epoch training only the first one is before the bad update.
+    plan = make_plan(objective=Poisoned({25}), num_epochs=5, checkpoint_every_epochs=9)
+    result = train(make_network(), plan, fabric=fabric, progress=silent)
+    assert result.num_rollbacks == 1
+    lines = (plan.folder / "metrics.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == result.rows
+    assert [row["epoch"] for row in result.rows] == list(range(5))
+
+
 def test_a_loss_that_stays_non_finite_stops_with_the_batch_saved(make_plan, make_network, fabric):
     plan = make_plan(objective=Poisoned(range(9, 10**6)), max_rollbacks=2)
     with pytest.raises(TrainingError, match=r"after 2 rollbacks; expected finite.*learning_rate"):

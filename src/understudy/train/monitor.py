@@ -12,17 +12,25 @@ from understudy.artifacts import write_text
 class MetricsLog:
     """Writes one row an epoch to ``metrics.jsonl`` and to TensorBoard event files.
 
-    The rows live in the checkpoint; the file is rewritten from them on resume, so that rows written
-    after the checkpoint by a killed run are not counted twice.
+    The rows live in the checkpoint; the file is rewritten from them on resume and on a rollback, so
+    that rows written after the checkpoint are not counted twice.
     """
 
     def __init__(self, folder: Path, rows: list[dict[str, Any]]) -> None:
+        self._folder, self._path = folder, folder / "metrics.jsonl"
+        self._begin(rows)
+
+    def _begin(self, rows: list[dict[str, Any]]) -> None:
         # TensorBoard takes a second to import, which only training pays.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = folder / "metrics.jsonl"
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=len(rows))
+        self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=len(rows))
+
+    def go_back(self, rows: list[dict[str, Any]]) -> None:
+        """Forget every row but these, the first ones."""
+        self.close()
+        self._begin(rows)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one epoch's row."""

@@ -277,6 +277,8 @@ class Training:
         self.load(self.plan.folder / CHECKPOINT_NAME)
         self.at.num_rollbacks = num_rollbacks
         self.at.rate_factor = settings.rollback_factor**num_rollbacks
+        if self.log is not None:
+            self.log.go_back(self.at.rows)
         log.warning(
             "not finite at %s %s: back to update %d with the learning rate times %g",
             *(where, values, self.at.step, self.at.rate_factor),
