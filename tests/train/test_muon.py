@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from understudy.heads.exits import add_exits
 from understudy.train.muon import Muon, matrices, orthogonal
 from understudy.train.optimization import build_optimizer
 from understudy.train.settings import Optimizer
@@ -86,6 +87,17 @@ def test_depthwise_kernels_norms_and_the_classifier_move_by_sgd():
     for name, value in network.named_parameters():
         assert torch.allclose(value, reference.get_parameter(name)) == (name not in by_muon), name
     assert torch.allclose(adapter.weight, beside.weight)
+
+
+def test_the_classifier_of_a_network_with_side_heads_is_its_own():
+    network = small_network()
+    exits = add_exits(network, (3, 8, 8), ["0"], num_classes=4, channels=5)
+    groups = build_optimizer((exits, nn.Identity()), Optimizer(name="muon")).param_groups
+
+    [orthogonal_group] = [group for group in groups if group["orthogonal"]]
+    assert set(map(id, orthogonal_group["params"])) == set(map(id, matrices(network)))
+    moved = sum(len(group["params"]) for group in groups)
+    assert moved == len(list(exits.parameters())), "side heads move by SGD"
 
 
 def test_shared_and_frozen_weights_are_listed_once_and_never():

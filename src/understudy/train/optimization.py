@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from understudy.heads.exits import ExitNetwork
 from understudy.train.muon import Muon, matrices
 from understudy.train.settings import Optimizer
 
@@ -22,14 +23,17 @@ def build_optimizer(modules: Sequence[nn.Module], settings: Optimizer) -> torch.
 
     Weight decay is left off one-dimensional parameters (biases, norm scales), as is usual since
     Goyal et al. 2017, section 5.1. Muon moves the matrices of the network; whatever is trained
-    beside it moves by SGD.
+    beside it, side heads among that, moves by SGD.
     """
     trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
     if settings.name == "muon":
+        network = modules[0]
+        if isinstance(network, ExitNetwork):
+            network = network.model  # whose own classifier is the last linear layer
         groups.append(
             {
-                "params": matrices(modules[0]),
+                "params": matrices(network),
                 "weight_decay": settings.matrix_weight_decay,
                 "rate_factor": settings.matrix_learning_rate / settings.learning_rate,
                 "orthogonal": True,
