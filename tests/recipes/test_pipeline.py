@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 import understudy
 from tiny_run import STAGES, TINY_RECIPE, TinyRun
 from understudy.errors import InputError, RecipeError
+from understudy.recipes.run import Run
+from understudy.recipes.schema import parse_recipe
+from understudy.recipes.teach import weights_hash
 
 ALONE = ("teach", "label", "train", "evaluate", "export", "report")
 
@@ -92,6 +95,23 @@ def test_a_setting_that_is_taken_back_trains_nothing_again(warm, copied, unbroke
 
 def temperature_of(run):
     return yaml.safe_load((run.folder / "recipe.yaml").read_text())["distillation"]["temperature"]
+
+
+@pytest.mark.parametrize("prefix", ["", "timm:", "transformers:"])
+def test_the_weights_of_a_teacher_are_known_by_their_bytes(tmp_path, prefix):
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    values = yaml.safe_load(TINY_RECIPE)
+    model = {"name": f"{prefix}{folder}" if prefix else "mlp"}
+    file = folder / "model.safetensors"
+    values["teacher"] = {"model": model, "checkpoint": None if prefix else str(file)}
+    run = Run(parse_recipe(values), tmp_path / "run", tmp_path / "home")
+
+    def hash_of(content):
+        file.write_bytes(content)
+        return weights_hash(run, "teacher")
+
+    assert hash_of(b"one") == hash_of(b"one") != hash_of(b"other")
 
 
 def test_an_unfinished_training_survives_another_setting(warm, copied):

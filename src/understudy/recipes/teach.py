@@ -82,7 +82,8 @@ def load_teacher(run: Run, role: str) -> nn.Module:
 def weights_hash(run: Run, role: str) -> str:
     """Return the hash of the weights file or folder, or of the name that a library looks up."""
     teacher = run.teachers[role]
-    path = teacher.checkpoint or Path(teacher.model.name.removeprefix("transformers:"))
+    name = teacher.model.name.removeprefix("transformers:").removeprefix("timm:")
+    path = teacher.checkpoint or Path(name)
     if path.is_dir():
         return content_hash([[p.name, file_hash(p)] for p in sorted(path.iterdir()) if p.is_file()])
     return file_hash(path) if path.is_file() else content_hash(teacher.model.name)
