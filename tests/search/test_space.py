@@ -109,6 +109,24 @@ def test_what_makes_no_recipe_is_told_before_anything_runs():
         check_space(tiny_values(), parse_space(["student.model.arguments.hidden=x"]))
 
 
+@pytest.mark.parametrize(
+    ("transform", "text"),
+    [
+        ({"pad_crop": {"padding": None}}, "views.transforms[0].pad_crop.padding"),
+        ({"pad_crop": {"padding": "4"}}, "views.transforms[0].pad_crop.padding"),
+        ({"color_jitter": {"hue": "x"}}, "views.transforms[0].color_jitter.hue"),
+        ({"color_jitter": {"brightness": [0.5]}}, "views.transforms[0].color_jitter.brightness"),
+    ],
+)
+def test_wrong_transforms_are_told_before_they_are_scaled(transform, text):
+    values = tiny_values()
+    values["views"]["transforms"] = [transform]
+    with pytest.raises(InputError) as caught:
+        check_space(values, parse_space(["views.strength=0.5..1.5", "seed=1|2"]))
+    (told,) = caught.value.problems
+    assert text in told
+
+
 def test_the_default_space_is_of_what_the_recipe_has():
     recipe = parse_recipe(yaml.safe_load(TINY_RECIPE))
     space = default_space(recipe)

@@ -52,12 +52,15 @@ def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     """Return a recipe's values with settings of a space applied.
 
     Raises:
-        RecipeError: a path leads through something that has no such part.
+        RecipeError: a path leads through something that has no such part, or transforms that are to
+            be scaled are wrong.
     """
     changed: dict[str, Any] = copy.deepcopy(dict(values))
     for path, value in settings.items():
         if path == STRENGTH:
             views = changed["views"]
+            if problems := check_spec(views["transforms"], where="views.transforms"):
+                raise RecipeError(*problems)
             views["transforms"] = scaled_transforms(views["transforms"], float(value))
         else:
             apply_change(changed, f"{path}={yaml_text(value)}")
@@ -96,8 +99,8 @@ def check_space(values: Mapping[str, Any], space: Space) -> None:
                     )
                 )
                 continue
-            changed = with_settings(values, space.settings(first | {path: value}))
             try:
+                changed = with_settings(values, space.settings(first | {path: value}))
                 recipe = parse_recipe(changed, origin="--space")
                 model = recipe.student.model
                 problems += check_model(model.name, model.arguments)
