@@ -109,6 +109,16 @@ def test_what_makes_no_recipe_is_told_before_anything_runs():
         check_space(tiny_values(), parse_space(["student.model.arguments.hidden=x"]))
 
 
+def test_another_seed_leaves_splits_and_views_as_the_teacher_had_them():
+    values = tiny_values()
+    changed = with_settings(values, {"seed": 8})
+    assert (changed["seed"], changed["data"]["split_seed"], changed["views"]["seed"]) == (8, 3, 3)
+    values["data"]["split_seed"], values["views"]["seed"] = 5, 6
+    changed = with_settings(values, {"seed": 8, "views.seed": 7})
+    assert (changed["seed"], changed["data"]["split_seed"], changed["views"]["seed"]) == (8, 5, 7)
+    assert with_settings(values, {"training.num_epochs": 2})["data"] == values["data"]
+
+
 @pytest.mark.parametrize(
     ("transform", "text"),
     [

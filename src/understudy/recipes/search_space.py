@@ -56,6 +56,8 @@ def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
             be scaled are wrong.
     """
     changed: dict[str, Any] = copy.deepcopy(dict(values))
+    if "seed" in settings:
+        hold_data(changed)
     for path, value in settings.items():
         if path == STRENGTH:
             views = changed["views"]
@@ -65,6 +67,17 @@ def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
         else:
             apply_change(changed, f"{path}={yaml_text(value)}")
     return changed
+
+
+def hold_data(values: dict[str, Any]) -> None:
+    """Let splits and views stay those of the recipe's seed where another one is tried.
+
+    The teacher has learned from the training pictures of that seed: with a split of its own, a
+    trial would be validated on some of them. And views are labelled once for all seeds.
+    """
+    for section, name in (("data", "split_seed"), ("views", "seed")):
+        if values[section][name] is None:
+            values[section][name] = values["seed"]
 
 
 def trial_recipe(values: Mapping[str, Any], attempt: Attempt) -> Recipe:
