@@ -13,7 +13,7 @@ from tiny_run import TINY_RECIPE
 from understudy.artifacts import file_hash
 from understudy.recipes import job, train
 from understudy.recipes.schema import parse_recipe
-from understudy.recipes.search import measured
+from understudy.recipes.search import kept_row, measured
 from understudy.recipes.search_job import open_search
 from understudy.search.plan import Attempt
 from understudy.stages import train_student
@@ -183,6 +183,26 @@ def test_a_half_done_trial_goes_on_with_another_share_of_the_cores(tmp_path, mon
     assert rest == all_epochs[2:]
     assert last == first
     assert threads == [None, 2, 1]
+
+
+def row(accuracy, phase=None):
+    told = {} if accuracy is None else {"validation_accuracy": accuracy}
+    return told if phase is None else told | {"phase": phase}
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_tuned", "expected"),
+    [("last", None, 0.7), ("best", None, 0.9), ("best", "last", 0.4), ("last", "best", 0.6)],
+)
+def test_a_trial_is_judged_by_the_epoch_whose_weights_it_has(keep, keep_tuned, expected):
+    values = yaml.safe_load(TINY_RECIPE)
+    values["training"]["keep"] = keep
+    rows = [row(0.5), row(0.9), row(0.7)]
+    if keep_tuned is not None:
+        values["finetuning"] = {"num_epochs": 4, "keep": keep_tuned}
+        tuned = [0.5, 0.6, None, 0.4]
+        rows += [row(accuracy, "finetuning") for accuracy in tuned]
+    assert kept_row(parse_recipe(values), rows)["validation_accuracy"] == expected
 
 
 def test_accuracy_against_size_is_a_front(warm, tiny_recipe, tmp_path):

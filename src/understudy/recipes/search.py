@@ -7,7 +7,7 @@ at: no trial evaluates, so the test split is never read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from understudy.artifacts import Record, content_hash, write_text
 from understudy.evaluate.latency import measure_latency
 from understudy.export.onnx_file import export_onnx
 from understudy.models.cost import model_cost
+from understudy.recipes.finetune import PHASE
 from understudy.recipes.networks import trained_model
 from understudy.recipes.rank_probe import finished_teacher
 from understudy.recipes.run import Run
-from understudy.recipes.schema import parse_recipe
+from understudy.recipes.schema import Recipe, parse_recipe
 from understudy.recipes.search_asked import Asked
 from understudy.recipes.search_space import student_only, trial_recipe, with_settings
 from understudy.recipes.teach import weights_hash
@@ -136,12 +137,7 @@ def measured(search: Search, attempt: Attempt, train_student: TrainStudent) -> d
     """Train one trial's student, continuing what was left, and return its measures."""
     run = trial_run(search, attempt)
     record = train_student(run)
-    rows = record.payload["rows"]
-    judged = [row for row in rows if "validation_accuracy" in row]
-    if run.recipe.training.keep == "best":
-        last = max(judged, key=lambda row: row["validation_accuracy"])
-    else:
-        last = judged[-1]
+    last = kept_row(run.recipe, record.payload["rows"])
     model = trained_model(run, "student", record)
     cost = model_cost(model, run.source.image_shape)
     measures = {
@@ -156,6 +152,17 @@ def measured(search: Search, attempt: Attempt, train_student: TrainStudent) -> d
     if "latency_ms" in search.plan.objectives:
         measures |= latency(run, model)
     return measures
+
+
+def kept_row(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row of the epoch whose weights a student has: of its last phase, as kept there."""
+    settings, judged = recipe.training, [row for row in rows if "validation_accuracy" in row]
+    if recipe.finetuning is not None:
+        settings = recipe.finetuning
+        judged = [row for row in judged if row.get("phase") == PHASE]
+    if settings.keep == "best":
+        return max(judged, key=lambda row: row["validation_accuracy"])
+    return judged[-1]
 
 
 def trial_run(search: Search, attempt: Attempt) -> Run:
