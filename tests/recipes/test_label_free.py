@@ -186,7 +186,8 @@ def test_the_report_says_how_many_have_no_label(hidden_run, finished):
 def test_a_source_of_more_pictures_joins_the_training_split(tmp_path, monkeypatch, more_digits):
     monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path / "home"))
     plain = run_of(tmp_path)
-    run = run_of(tmp_path, data={**DIGITS, "unlabelled": str(more_digits)})
+    data = {**DIGITS, "unlabelled": str(more_digits)}
+    run = run_of(tmp_path, data=data)
     assert run.source.num_samples == plain.source.num_samples + 40
     for name in ("validation", "test", "calibration"):
         assert torch.equal(getattr(run.splits, name), getattr(plain.splits, name))
@@ -201,6 +202,39 @@ def test_a_source_of_more_pictures_joins_the_training_split(tmp_path, monkeypatc
     payload = run.parent("split", "teach").payload
     assert payload["num_unlabelled"] == 40
     assert json.loads(json.dumps(payload)) == payload
+    other_batches = run_of(tmp_path, data=data, labelling={"batch_size": 99})
+    assert label(other_batches).hash == run.parent("labels", "label").hash
+    assert other_batches.reused == {"labels"}
+
+
+def test_data_that_was_moved_is_the_same_data(tmp_path, monkeypatch, more_digits):
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path / "home"))
+    digits, source = load_data("digits"), tmp_path / "labelled"
+    for number, label_of in enumerate(digits.labels_N[40:340].tolist()):
+        if label_of < 3:
+            (source / str(label_of)).mkdir(parents=True, exist_ok=True)
+            image_HW = digits.images(torch.tensor([40 + number]))[0, 0].numpy()
+            Image.fromarray(image_HW).save(source / str(label_of) / f"{number}.png")
+
+    def split_of(folder, **changes):
+        data = {"source": str(folder / "labelled"), "unlabelled": str(folder / "more")}
+        run = run_of(tmp_path, data={**DIGITS, **data, **changes})
+        return split(run), run.reused
+
+    first, reused = split_of(tmp_path)
+    assert reused == set()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for folder in (source, more_digits):
+        folder.rename(elsewhere / folder.name)
+    again, reused = split_of(elsewhere, memory_limit_bytes=100)
+    assert (again.hash, reused) == (first.hash, {"split"})
+    # Other pictures without labels are other data, and so are pictures of another size.
+    (elsewhere / "more" / "7.png").unlink()
+    fewer, reused = split_of(elsewhere)
+    assert fewer.key != first.key
+    assert split_of(elsewhere, image_size=[8, 8])[0].key != fewer.key
+    assert reused == set()
 
 
 def test_other_strategies_use_the_labels_there_are(tmp_path, monkeypatch):

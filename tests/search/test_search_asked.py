@@ -9,7 +9,7 @@ import yaml
 from tiny_run import TINY_RECIPE
 from understudy.errors import InputError
 from understudy.recipes.schema import parse_recipe
-from understudy.recipes.search_asked import ASKED_NAME, Asked, read_asked, storage_url
+from understudy.recipes.search_asked import ASKED_NAME, Asked, identity, read_asked, storage_url
 from understudy.recipes.search_job import open_search
 from understudy.search.space import parse_space
 
@@ -51,6 +51,16 @@ def test_a_password_is_not_written_down_and_asked_for_again(tmp_path):
     assert opened(tmp_path, storage=url).storage == url
     with pytest.raises(InputError, match=re.escape("its storage is postgresql://me:***@host/")):
         opened(tmp_path, storage="postgresql://me:s3cret@other/searches")
+
+
+def test_a_search_does_not_mind_where_its_data_lies():
+    def identity_of(**data):
+        values = yaml.safe_load(TINY_RECIPE)
+        return identity(parse_recipe(values | {"data": values["data"] | data}))
+
+    moved = {"source": "elsewhere", "memory_limit_bytes": 5}
+    assert identity_of(**moved) == identity_of()
+    assert identity_of(on_bad="skip") != identity_of()
 
 
 def test_every_contradiction_is_told_in_one_error(tmp_path):

@@ -165,6 +165,7 @@ def fitting_candidates(run: Run, plan: DesignPlan) -> list[Candidate]:
     """
     path = run.folder / CANDIDATES_NAME
     sections = run.recipe.section("seed", "data", "budget", "training")
+    sections["fingerprint"] = run.source.fingerprint
     sections["flip_average"] = run.recipe.student.flip_average  # which costs multiply-adds
     key = content_hash([asdict(plan) | {"epochs": None}, sections])
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"key": None}

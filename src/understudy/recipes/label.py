@@ -40,6 +40,7 @@ def label(run: Run) -> Record:
     require_teacher(run, doing="label with")
     use_threads(run.num_threads)
     section = run.recipe.section("seed", "views", "labelling")
+    del section["labelling"]["batch_size"]  # a matter of speed and rounding
     section["features"] = {
         role: [tap.key for tap in teacher_features(run, role)] for role in run.teachers
     }

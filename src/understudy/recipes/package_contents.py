@@ -139,7 +139,7 @@ def model_card(
         f"into {len(source.class_names)} classes: {', '.join(source.class_names[:20])}.",
         licence=recipe.release.licence,
         data={
-            "source": split["source"],
+            "source": recipe.data.source,
             "fingerprint": split["fingerprint"],
             **{f"{name} samples": number for name, number in split["num_samples"].items()},
         },

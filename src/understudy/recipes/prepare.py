@@ -27,7 +27,6 @@ def split(run: Run) -> Record:
     num_classes = len(source.class_names)
     labels = {name: source.labels_N[indices] for name, indices in parts.items()}
     payload = {
-        "source": run.recipe.data.source,
         "fingerprint": source.fingerprint,
         "image_shape": list(source.image_shape),
         "class_names": list(source.class_names),

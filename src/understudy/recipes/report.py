@@ -88,7 +88,7 @@ def gather_results(run: Run) -> RunResults:
         "recipe_hash": run.recipe_hash,
         "versions": student.versions,
         "hardware": student.hardware,
-        "data": {**split, "num_skipped": num_skipped(split)},
+        "data": data_values(run, split),
         "models": {role: model_facts(run, role, evaluation, exported) for role in roles},
         "metrics": evaluation["metrics"],
         "curves": curves,
@@ -164,6 +164,11 @@ def check_lineage(run: Run, records: Mapping[str, Record]) -> None:
                 for kind, parent in stale
             )
         )
+
+
+def data_values(run: Run, split: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known of the data, and where it lies: that is in no record."""
+    return {**split, "source": run.recipe.data.source, "num_skipped": num_skipped(split)}
 
 
 def num_skipped(split: dict[str, Any]) -> int:

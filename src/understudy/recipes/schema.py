@@ -183,11 +183,12 @@ class Recipe(Section):
 
     def section(self, *names: str) -> dict[str, Any]:
         """Return sections as JSON-able values, to key a stage by what it depends on."""
-        # Where a checkpoint lies does not matter; what is in it counts by its hash.
+        # Where data and checkpoints lie does not matter; what is in them counts by its hash.
         values = self.model_dump(
             mode="json",
             include=set(names),
             exclude={
+                "data": {"source", "unlabelled", "memory_limit_bytes"},
                 "teacher": {"checkpoint"},
                 "student": {"checkpoint"},
                 "strategy": {"teachers": {"__all__": {"checkpoint"}}},

@@ -174,9 +174,7 @@ def storage_url(asked: Asked, folder: Path) -> str:
 def identity(recipe: Recipe) -> str:
     """Return a hash of what decides a trial besides its settings, wherever it lies and runs."""
     names = set(type(recipe).model_fields) - {"name", "device", "measurement"}
-    values = recipe.section(*names)
-    values["data"] = {key: value for key, value in values["data"].items() if key != "source"}
-    return content_hash(values)
+    return content_hash(recipe.section(*names))
 
 
 def without_password(storage: str | None) -> str | None:
