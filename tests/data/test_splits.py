@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from understudy.data.splits import SPLIT_NAMES, Splits, assign_splits
+from understudy.data.splits import SPLIT_NAMES, Splits, assign_splits, spread
 from understudy.errors import DataError
 
 FRACTIONS = {"validation": 0.1, "calibration": 0.05, "test": 0.2}
@@ -83,6 +83,17 @@ def test_splits_go_through_json():
     assert again.to_json() == splits.to_json()
     assert again.calibration.dtype == torch.int64
     assert len(again.calibration) == 0
+
+
+def test_a_part_of_a_split_is_spread_evenly_over_it():
+    indices_N = torch.arange(100, 1100)
+    assert torch.equal(spread(indices_N, 1000), indices_N)
+    assert spread(indices_N, 4).tolist() == [100, 350, 600, 850]
+    some_N = spread(indices_N, 300)
+    assert len(some_N.unique()) == 300
+    assert torch.equal(some_N.sort().values, some_N)
+    assert torch.bincount((some_N - 100) // 100).tolist() == [30] * 10
+    assert len(spread(indices_N[:0], 3)) == 0
 
 
 def test_impossible_fractions_are_listed_together():

@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +15,19 @@ from PIL import Image
 
 from tiny_run import TINY_RECIPE, TinyRun
 from understudy.artifacts import Record
+from understudy.compress.settings import PruneStep, QuantizeStep
+from understudy.data.splits import Splits
 from understudy.export.onnx_run import onnx_logits, open_session
 from understudy.package.reading import read_package
 from understudy.package.statistics import reference_statistics
 from understudy.recipes.artifacts import answers, artifact_of, make_artifacts, release_budget
-from understudy.recipes.compress import compress, step_section
+from understudy.recipes.compress import compress, pictures_section, step_section
+from understudy.recipes.compressed import calibration_images, prepared_network
 from understudy.recipes.compression_report import compression_values
+from understudy.recipes.export import parity_pictures, parity_section
 from understudy.recipes.job import open_run
 from understudy.recipes.package_contents import model_card, shipped_metrics
+from understudy.recipes.prune_step import leave_gradients
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
 
@@ -299,6 +305,61 @@ def test_static_int8_keeps_the_worst_layers_in_float_to_the_file(copied, monkeyp
     assert not torch.equal(logits_NK, seen[0])
     (told,) = compression_values(run)["steps"]
     assert told["float_layers"] == layers
+
+
+def sorted_folder(num_each):
+    """What a run is asked of its pictures: ten classes, one after the other; picture i shows i."""
+    indices_N = torch.arange(10 * num_each)
+    labels_N, shown = indices_N // num_each, []
+
+    def images(some_N):
+        shown.append(labels_N[some_N])
+        return some_N.float().view(-1, 1, 1, 1)
+
+    return SimpleNamespace(
+        splits=Splits(*[indices_N] * 4),
+        labelled_train_N=indices_N,
+        source=SimpleNamespace(images=images, labels_N=labels_N),
+        recipe=parse_recipe(small_recipe()),
+        seed_for=lambda *_: 0,
+        shown=shown,
+    )
+
+
+def test_pictures_of_a_sorted_folder_are_of_every_class(monkeypatch):
+    monkeypatch.setattr("understudy.compress.quantize.prepare_qat", lambda *_, **__: None)
+    run = sorted_folder(300)
+    calibration_images(run)
+    prepared_network(run, torch.nn.Identity(), ())
+    run.source.images(parity_pictures(run))
+    counts = [torch.bincount(labels_N).tolist() for labels_N in run.shown]
+    assert [(sum(count), set(count)) for count in counts] == [
+        (512, {51, 52}),
+        (256, {25, 26}),
+        (1000, {100}),
+    ]
+    run.shown.clear()
+    leave_gradients(run, torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1, 10)))
+    assert set(torch.bincount(torch.cat(run.shown)).tolist()) == {102, 103}
+
+
+def test_a_stage_is_done_again_only_where_its_pictures_are_others():
+    steps = (
+        PruneStep(name="prune", num_macs=1, importance="taylor"),
+        PruneStep(name="prune", num_macs=1),
+        QuantizeStep(name="quantize", method="aware", training=FURTHER),
+        QuantizeStep(name="quantize", method="static"),
+    )
+
+    def marked(num_each):
+        run = sorted_folder(num_each)
+        return [bool(pictures_section(run, step)) for step in steps] + [bool(parity_section(run))]
+
+    assert marked(25) == [False, False, False, False, False]
+    assert marked(26) == [False, False, True, False, False]
+    assert marked(60) == [False, False, True, True, False]
+    assert marked(101) == [False, False, True, True, True]
+    assert marked(103) == [True, False, True, True, True]
 
 
 def test_a_missed_budget_ends_with_code_3_and_without_a_package(copied, warm):

@@ -42,6 +42,16 @@ def test_a_page_that_agrees_is_taken(page):
     assert timing["browser"]["num_runs"] == 1
 
 
+def test_a_page_must_agree_on_pictures_of_the_whole_split(page):
+    export = page.run.recipe.export.model_copy(update={"num_parity_images": 20})
+    page.run.recipe = page.run.recipe.model_copy(update={"export": export})
+    wrong_NK = page.logits_NK.clone()
+    wrong_NK[len(wrong_NK) // 2 :] += 0.5
+    page.answer(wrong_NK)
+    with pytest.raises(ParityError, match=r"differs from the trained model by up to 0\.5"):
+        web_artifact.in_browser(page.run, page.source, page.artifact)
+
+
 def test_a_sound_file_points_at_the_browser(page):
     page.answer(page.logits_NK + 0.5)
     with pytest.raises(ParityError) as caught:

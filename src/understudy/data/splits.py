@@ -200,6 +200,17 @@ def fewer_training_samples(splits: Splits, num_samples: int | None, *, seed: int
     return replace(splits, train=splits.train[chosen])
 
 
+def spread(indices_N: Tensor, at_most: int) -> Tensor:
+    """Return at most so many samples of a split, evenly over it and in its order.
+
+    The first ones would be the first classes of a folder, whose rows are sorted by class.
+    """
+    num_there = len(indices_N)
+    if num_there <= at_most:
+        return indices_N
+    return indices_N[torch.arange(at_most) * num_there // at_most]
+
+
 def _check_classes(splits: Splits, labels_N: Tensor, class_names: Sequence[str]) -> None:
     counts_K = torch.bincount(labels_N[splits.train], minlength=len(class_names)).tolist()
     problems = [

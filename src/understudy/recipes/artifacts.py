@@ -38,6 +38,7 @@ from understudy.models.cost import model_cost
 from understudy.progress import log, shown_progress
 from understudy.recipes.artifact_energy import device_of, energy_of
 from understudy.recipes.compressed import KIND, Network, export_source, last_network
+from understudy.recipes.export import parity_pictures, parity_section
 from understudy.recipes.int8_loss import float_accuracy, float_state, quantised_afterwards
 from understudy.recipes.measuring_tools import can_measure_more, tools_here
 from understudy.recipes.run import Run, Stage
@@ -211,6 +212,7 @@ def artifact_stage(run: Run, compressed: Record, name: str, precision: Precision
         "device": None if device is None else device.model_dump(mode="json"),
         "latency": limits["latency_ms"],
     }
+    section |= parity_section(run)
     if name == "tflm" and limits["strict"]:
         section["strict"] = True
     parents = {compressed.kind: compressed.hash}
@@ -253,7 +255,7 @@ def proved(run: Run, source: ExportSource, target: Target, artifact: Artifact) -
     It is the float network that the files are made from: after quantisation-aware training the one
     with the weights that this left, without the rounding that it learned.
     """
-    images_NCHW = run.source.images(run.splits.test[: run.recipe.export.num_parity_images])
+    images_NCHW = run.source.images(parity_pictures(run))
     parity = check_artifact_parity(
         source.model,
         artifact,

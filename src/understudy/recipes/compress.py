@@ -28,11 +28,17 @@ from understudy.evaluate.memory import measure_memory
 from understudy.export.target_names import DEFAULT_OPSET
 from understudy.progress import log
 from understudy.recipes.check import problems_of
-from understudy.recipes.compressed import KIND, Network, file_budget
+from understudy.recipes.compressed import (
+    KIND,
+    MAX_CALIBRATION_IMAGES,
+    MAX_FIRST_IMAGES,
+    Network,
+    file_budget,
+)
 from understudy.recipes.evaluate import LOGITS_NAME
 from understudy.recipes.further_training import is_guided
 from understudy.recipes.gates import GateRow, check_budget_kept, check_gates, reason_of
-from understudy.recipes.prune_step import Made, prune_step
+from understudy.recipes.prune_step import NUM_SCORED, Made, prune_step
 from understudy.recipes.pruned_speed import time_pruned
 from understudy.recipes.quantize_step import quantize_step
 from understudy.recipes.run import Run
@@ -240,7 +246,20 @@ def step_section(run: Run, step: PruneStep | QuantizeStep, gates: Gates) -> dict
         section["largest_weight"] = WEIGHT_MAX
         if step.method == "aware" and recipe.student.flip_average:
             section["learns_from"] = "one way"  # and not from the mean of both, as it once did
-    return section | live_section(run)
+    return section | pictures_section(run, step) | live_section(run)
+
+
+def pictures_section(run: Run, step: PruneStep | QuantizeStep) -> dict[str, str]:
+    """Return what a step's key says of its pictures where they are not their whole split.
+
+    They were its first ones once, which a folder that is sorted by class has few classes in.
+    """
+    if isinstance(step, PruneStep):
+        is_part = step.importance == "taylor" and len(run.labelled_train_N) > NUM_SCORED
+    else:
+        most = MAX_FIRST_IMAGES if step.method == "aware" else MAX_CALIBRATION_IMAGES
+        is_part = len(run.splits.calibration) > most
+    return {"pictures": "spread"} if is_part else {}
 
 
 @dataclass(frozen=True)

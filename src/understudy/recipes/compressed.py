@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from understudy.artifacts import RECORD_NAME, Record
 from understudy.data.decode import ResizeRule
+from understudy.data.splits import spread
 from understudy.evaluate.budget import Budget
 from understudy.export.target import ExportSource, Precision
 from understudy.models.reshape import apply_channel_shapes
@@ -26,6 +27,8 @@ PREPARED_NAME = "prepared.safetensors"
 MAX_CALIBRATION_IMAGES = 512
 # What the ONNX file of a step can be asked for; training time is the student's own.
 FILE_LIMITS = ("num_params", "macs", "model_size_bytes", "latency_ms", "peak_memory_bytes")
+# Those that the ranges of quantisation-aware training begin with.
+MAX_FIRST_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def shaped_model(run: Run, network: Network) -> nn.Module:
 
 def calibration_images(run: Run) -> Tensor:
     """Return uint8 images of the calibration split; none where there is no such split."""
-    return run.source.images(run.splits.calibration[:MAX_CALIBRATION_IMAGES])
+    return run.source.images(spread(run.splits.calibration, MAX_CALIBRATION_IMAGES))
 
 
 def resize_rule(run: Run) -> ResizeRule:
@@ -115,7 +118,7 @@ def prepared_network(run: Run, model: nn.Module, float_layers: tuple[str, ...], 
     from understudy.compress.quantize import prepare_qat
 
     # The ranges begin with pictures that nothing is chosen by.
-    images_NCHW = calibration_images(run)[:256]
+    images_NCHW = run.source.images(spread(run.splits.calibration, MAX_FIRST_IMAGES))
     torch.manual_seed(run.seed_for("weights", "quantize"))
     return prepare_qat(model, example_NCHW=images_NCHW, float_layers=float_layers, **arguments)
 

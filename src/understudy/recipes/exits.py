@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from understudy.artifacts import Record
+from understudy.data.splits import spread
 from understudy.errors import InputError, problem
 from understudy.evaluate.accuracy import predict_logits
 from understudy.evaluate.exit_file import check_choice, exit_latencies_ms, mean_time_ms
@@ -27,6 +28,7 @@ from understudy.models.onnx_cost import onnx_cost
 from understudy.progress import log, shown_progress
 from understudy.recipes.exit_settings import ExitsSection
 from understudy.recipes.exit_training import trained_exits
+from understudy.recipes.export import parity_pictures, parity_section
 from understudy.recipes.run import Run
 
 CHOICE_NAME = "student_exits.onnx"
@@ -45,7 +47,7 @@ def exits(run: Run) -> Record:
     """
     settings = require_exits(run)
     student = run.parent("student", "train")
-    section = run.recipe.section("exits", "export", "measurement")
+    section = run.recipe.section("exits", "export", "measurement") | parity_section(run)
     stage = run.begin("exits", section=section, parents={"student": student.hash})
     if stage.record is not None:
         return stage.record
@@ -116,7 +118,7 @@ def export_exits(
 ) -> list[dict[str, Any]]:
     """Write every exit as a file of its own, prove what it computes, and count what is in it."""
     options = run.recipe.export
-    images_NCHW = run.source.images(run.splits.test[: options.num_parity_images])
+    images_NCHW = run.source.images(parity_pictures(run))
     rows = []
     for number in range(network.num_exits):
         path = folder / file_name(number)
@@ -203,11 +205,11 @@ def split_results(
 def choice_parity(run: Run, folder: Path, test_ENK: Tensor, policy: ExitPolicy) -> dict[str, Any]:
     """Return whether the file with the choice decides as the policy on real test pictures."""
     options = run.recipe.export
-    num_images = min(options.num_parity_images, test_ENK.shape[1])
+    some_N = spread(torch.arange(test_ENK.shape[1]), options.num_parity_images)
     parity = check_choice(
         folder / CHOICE_NAME,
-        run.source.images(run.splits.test[:num_images]),
-        test_ENK[:, :num_images],
+        run.source.images(run.splits.test[some_N]),
+        test_ENK[:, some_N],
         policy,
         tolerance=options.parity_tolerance,
     )
@@ -216,7 +218,7 @@ def choice_parity(run: Run, folder: Path, test_ENK: Tensor, policy: ExitPolicy) 
 
 def time_facts(run: Run, folder: Path, latencies_ms: tuple[float, ...]) -> dict[str, Any]:
     """Return the times of the exits, and of the choice on a mix of test pictures."""
-    images_NCHW = run.source.images(run.splits.test[:NUM_TIMED_IMAGES])
+    images_NCHW = run.source.images(spread(run.splits.test, NUM_TIMED_IMAGES))
     num_threads = require_exits(run).policy.num_threads
 
     def mean_ms(name: str) -> float:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from understudy.artifacts import Record
+from understudy.data.splits import spread
 from understudy.evaluate.accuracy import evaluate_logits
 from understudy.evaluate.latency import measure_latency
 from understudy.evaluate.memory import measure_memory
@@ -25,7 +28,7 @@ def export(run: Run) -> Record:
         ParityError: if the file differs from the model by more than the tolerance.
     """
     student = run.parent("student", "train")
-    section = run.recipe.section("export", "measurement", "budget")
+    section = run.recipe.section("export", "measurement", "budget") | parity_section(run)
     parents = {"student": student.hash}
     stage = run.begin("export", section=section, parents=parents)
     if stage.record is not None:
@@ -45,7 +48,7 @@ def export(run: Run) -> Record:
     parity = check_parity(
         model,
         path,
-        source.images(test_N[: options.num_parity_images]),
+        source.images(parity_pictures(run)),
         tolerance=options.parity_tolerance,
     )
     require_parity(parity, path)
@@ -63,6 +66,20 @@ def export(run: Run) -> Record:
         files=[MODEL_NAME],
         timing=measured,
     )
+
+
+def parity_pictures(run: Run) -> Tensor:
+    """Return the test pictures that files and network must agree on."""
+    return spread(run.splits.test, run.recipe.export.num_parity_images)
+
+
+def parity_section(run: Run) -> dict[str, str]:
+    """Return what a key says of those pictures where they are not the whole split.
+
+    They were its first ones once: what was found on those is found again.
+    """
+    is_part = len(run.splits.test) > run.recipe.export.num_parity_images
+    return {"parity_pictures": "spread"} if is_part else {}
 
 
 def measure(run: Run) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from understudy.export.parity import require_parity
 from understudy.export.task_heads import TrunkRuntime, check_head_parity, export_head
 from understudy.heads.tasks import OwnHead, TaskHead, TaskLabels, Trunk
 from understudy.progress import log
+from understudy.recipes.export import parity_pictures, parity_section
 from understudy.recipes.head_check import labels_of
 from understudy.recipes.head_training import (
     Guidance,
@@ -58,6 +59,7 @@ def train_head(run: Run, task: str) -> Record:
         parents["teacher"] = run.parent("teacher", "teach").hash
     section = {
         **run.recipe.section("seed", "device", "export"),
+        **parity_section(run),
         "views": [run.views.seed, head_transforms(run)],
         "head": settings.model_dump(mode="json"),
         "labels": content_hash(list(run.source.metadata[settings.label_column])),
@@ -104,7 +106,7 @@ def finish(run: Run, stage: Stage, labels: TaskLabels, trained: Mapping[str, Tra
         nn.Sequential(trunk, head),
         TrunkRuntime(run.folder / "trunk" / TRUNK_NAME).add_head(task, path),
         task,
-        run.source.images(run.splits.test[: run.recipe.export.num_parity_images]),
+        run.source.images(parity_pictures(run)),
         tolerance=run.recipe.export.parity_tolerance,
     )
     require_parity(parity, path)

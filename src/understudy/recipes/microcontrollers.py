@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from understudy.data.splits import spread
 from understudy.errors import UnderstudyError
 from understudy.evaluate.microcontroller import measure_microcontroller
 from understudy.export.target import (
@@ -33,7 +34,7 @@ def on_microcontrollers(
 
     The answers are compared with ONNX Runtime's of the same student in the same precision.
     """
-    images_NCHW = run.source.images(run.splits.test[:NUM_IMAGES])
+    images_NCHW = run.source.images(spread(run.splits.test, NUM_IMAGES))
     with tempfile.TemporaryDirectory(prefix="understudy-") as folder:
         twin = find_target("onnx").export(source, Path(folder), precision=artifact.precision)
         expected_NK: NDArray[np.float32] = run_artifact(open_artifact(twin), images_NCHW).numpy()

@@ -25,6 +25,7 @@ from understudy.compress.prune import (
     round_goals,
 )
 from understudy.compress.settings import PruneStep
+from understudy.data.splits import spread
 from understudy.evaluate.accuracy import predict_logits
 from understudy.evaluate.compare import NUM_ROUNDS, compare_artifacts
 from understudy.evaluate.latency import measure_latency
@@ -181,7 +182,7 @@ def pruned_training(
 
 def leave_gradients(run: Run, model: nn.Module) -> None:
     """Leave the gradients of the labels' loss on some training pictures in the network."""
-    indices_N = run.labelled_train_N[:NUM_SCORED]
+    indices_N = spread(run.labelled_train_N, NUM_SCORED)
     model.eval()  # batch norm as in use: a batch's own statistics would hide a channel's scale
     for batch_N in torch.split(indices_N, 128):
         logits_NK = model(run.source.images(batch_N))

@@ -19,6 +19,7 @@ from understudy.export.parity import require_parity
 from understudy.export.task_heads import TrunkRuntime, check_head_parity, export_head, export_trunk
 from understudy.heads.tasks import EMBEDDING_TAP, OwnHead, Trunk, embed
 from understudy.progress import log, shown_progress
+from understudy.recipes.export import parity_pictures, parity_section
 from understudy.recipes.head_settings import OWN_TASK
 from understudy.recipes.label import NUM_SAMPLE_IMAGES, uses_gpu
 from understudy.recipes.networks import trained_model
@@ -52,9 +53,8 @@ def export_own_trunk(run: Run) -> Record:
         ParityError: the two files together differ from the student.
     """
     student = run.parent("student", "train")
-    stage = run.begin(
-        "trunk", section=run.recipe.section("export"), parents={"student": student.hash}
-    )
+    section = run.recipe.section("export") | parity_section(run)
+    stage = run.begin("trunk", section=section, parents={"student": student.hash})
     if stage.record is not None:
         return stage.record
     options, source = run.recipe.export, run.source
@@ -73,7 +73,7 @@ def export_own_trunk(run: Run) -> Record:
         trunk.model,
         TrunkRuntime(trunk_path).add_head(OWN_TASK, head_path),
         OWN_TASK,
-        source.images(run.splits.test[: options.num_parity_images]),
+        source.images(parity_pictures(run)),
         tolerance=options.parity_tolerance,
     )
     require_parity(parity, trunk_path)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from understudy.data.splits import spread
 from understudy.errors import ParityError, problem
 from understudy.evaluate.browser import run_in_browser
 from understudy.export.artifact_parity import (
@@ -35,11 +36,11 @@ def in_browser(
     images_NCHW = run.source.images(run.splits.test)
     found = run_in_browser(artifact, images_NCHW.numpy())
     logits_NK = torch.from_numpy(found.logits_NK)
-    some_NCHW = images_NCHW[: run.recipe.export.num_parity_images]
+    some_N = spread(torch.arange(len(images_NCHW)), run.recipe.export.num_parity_images)
     parity = parity_of_logits(
         artifact,
-        model_logits(source.model, some_NCHW),
-        logits_NK[: len(some_NCHW)],
+        model_logits(source.model, images_NCHW[some_N]),
+        logits_NK[some_N],
         # One picture at a time is how the page answers all of them.
         logits_NK[:1],
         tolerance=run.recipe.export.parity_tolerance,
