@@ -19,7 +19,7 @@ from understudy.errors import InputError
 from understudy.package import reading, writing
 from understudy.package.manifest import MANIFEST_NAME, unsafe_name
 from understudy.package.reading import read_package
-from understudy.package.writing import write_package
+from understudy.package.writing import check_package_path, write_package
 
 NAMES = {
     "MODEL_CARD.md",
@@ -154,12 +154,28 @@ class TestWriting:
 
     def test_an_existing_zip_is_replaced_only_on_purpose(self, artifacts, packed, tmp_path):
         path = tmp_path / "p.zip"
-        path.write_bytes(b"something")
-        with pytest.raises(InputError, match="exists"):
+        write_package(path, artifacts, packed)
+        before = path.read_bytes()
+        with pytest.raises(InputError, match=r"exists; expected a new name.*overwrite"):
             write_package(path, artifacts, packed)
-        assert path.read_bytes() == b"something"
-        write_package(path, artifacts, packed, overwrite=True)
-        assert read_package(path).manifest.name == "garden"
+        assert path.read_bytes() == before
+        newer = dataclasses.replace(packed, version="2")
+        write_package(path, artifacts, newer, overwrite=True)
+        assert read_package(path).manifest.version == "2"
+
+    def test_a_zip_that_is_no_package_is_never_replaced(self, artifacts, packed, tmp_path):
+        path = tmp_path / "photos.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("holiday.jpg", b"sea")
+        photos = path.read_bytes()
+        # The second has the end of a zip and no list of files.
+        for data in (photos, b"PK" + photos[-22:], b"something"):
+            path.write_bytes(data)
+            with pytest.raises(InputError, match="is not a package"):
+                check_package_path(path, overwrite=True)
+            with pytest.raises(InputError, match="is not a package"):
+                write_package(path, artifacts, packed, overwrite=True)
+            assert path.read_bytes() == data
 
     def test_a_folder_that_is_no_package_is_never_replaced(self, artifacts, packed, tmp_path):
         (tmp_path / "home").mkdir()

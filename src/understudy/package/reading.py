@@ -129,6 +129,17 @@ def read_package(path: Path, *, max_bytes: int = MAX_PACKAGE_BYTES) -> Package:
     )
 
 
+def is_package_zip(path: Path) -> bool:
+    """Return whether a file is a package, whole or damaged, and not just any archive."""
+    if not (path.is_file() and zipfile.is_zipfile(path)):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return MANIFEST_NAME in archive.namelist()
+    except DAMAGE:
+        return False
+
+
 def _read_folder(folder: Path, max_bytes: int) -> Package:
     path = folder / MANIFEST_NAME
     if path.is_symlink() or not path.is_file():

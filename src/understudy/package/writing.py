@@ -33,7 +33,7 @@ from understudy.package.manifest import (
     validation_problems,
 )
 from understudy.package.predict import RUNTIMES_FOLDER
-from understudy.package.reading import read_package
+from understudy.package.reading import is_package_zip, read_package
 
 STATISTICS_NAME = "reference_statistics.json"
 RUNNER_NAME = "run.py"
@@ -349,7 +349,7 @@ def check_package_path(target: Path, *, overwrite: bool) -> bool:
 def _check_free(target: Path, *, is_zip: bool, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not is_zip and not any(target.iterdir())):
         return
-    is_package = target.is_file() if is_zip else (target / MANIFEST_NAME).is_file()
+    is_package = is_package_zip(target) if is_zip else (target / MANIFEST_NAME).is_file()
     if not (overwrite and is_package):
         raise InputError(
             problem(
