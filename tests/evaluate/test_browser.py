@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,13 @@ import torch
 from torch import nn
 
 from understudy.errors import InputError, MissingExtraError, UnderstudyError
-from understudy.evaluate.browser import BROWSER_NAMES, find_browser, run_in_browser
+from understudy.evaluate.browser import (
+    BROWSER_NAMES,
+    NUM_WARMUP,
+    _classify,
+    find_browser,
+    run_in_browser,
+)
 from understudy.export.onnx_run import open_session, run_images
 from understudy.export.target import Artifact, ExportSource, Precision
 from understudy.export.targets import web
@@ -115,6 +123,24 @@ def test_damage_and_requests_to_other_places_are_errors(
     (folder / "student.onnx").write_bytes(b"not a network")
     with pytest.raises(UnderstudyError, match=r"is not the network that model\.json describes"):
         run_in_browser(copy, images[:1].numpy())
+
+
+def test_a_call_holds_a_hundred_small_pictures_at_most() -> None:
+    """Each has a limit of time, and thousands of pictures of a slow network would not keep it."""
+    calls: list[int] = []
+
+    class Page:
+        def evaluate(self, script: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+            pixels = base64.b64decode(given["encoded"])
+            calls.append(len(pixels) // given["size"])
+            starts = range(0, len(pixels), given["size"])
+            return [{"logits": [pixels[start]], "ms": 1.0} for start in starts]
+
+    images_NCHW = (np.arange(250 * 28 * 28) // (28 * 28)).astype(np.uint8)
+    logits, times_ms = _classify(Page(), images_NCHW.reshape(250, 1, 28, 28), 120.0)
+    assert calls == [NUM_WARMUP, 100, 100, 50]
+    assert logits == [[number] for number in range(250)]
+    assert len(times_ms) == 250
 
 
 def test_images_and_folder_must_fit(
