@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 import understudy
 from tiny_run import STAGES, TINY_RECIPE, TinyRun
 from understudy.errors import InputError, RecipeError
+from understudy.recipes.outputs import sample_pictures, stored_precision
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
 from understudy.recipes.teach import weights_hash
@@ -62,6 +64,32 @@ def test_a_stage_before_its_parent_names_the_command_to_run(warm, copied, comman
     assert f"has no record of its {kind}" in finished.err
     assert f"understudy {needed} {copied.folder}" in finished.err
     assert "Traceback" not in finished.err
+
+
+def sampled(labels_N, precision):
+    """Return the classes of the pictures that a teacher is prepared with, and its address."""
+    train_N = torch.arange(len(labels_N))
+    run = SimpleNamespace(
+        splits=SimpleNamespace(train=train_N),
+        source=SimpleNamespace(labels_N=labels_N, class_names=tuple("abcdefghij")),
+        recipe=parse_recipe(yaml.safe_load(TINY_RECIPE) | {"labelling": {"precision": precision}}),
+    )
+    return labels_N[sample_pictures(run)], stored_precision(run)
+
+
+def test_a_teacher_is_calibrated_on_every_class_and_old_outputs_stay_in_use():
+    shuffled_N, sorted_N = torch.arange(2000) % 10, torch.arange(2000) // 200
+    seen_N, precision = sampled(shuffled_N, "int8")
+    assert torch.equal(seen_N, shuffled_N[:512])
+    assert precision == "int8 of 7-bit weights"
+    seen_N, precision = sampled(sorted_N, "int8")
+    assert set(torch.bincount(seen_N).tolist()) == {51, 52}
+    assert precision == "int8 of 7-bit weights, spread sample"
+    # Nothing is calibrated for these.
+    assert sampled(sorted_N, "auto")[1] == "float32"
+    seen_N, precision = sampled(sorted_N[:512], "int8")
+    assert torch.equal(seen_N, sorted_N[:512])
+    assert precision == "int8 of 7-bit weights"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from understudy.recipes.networks import trained_model
 from understudy.recipes.outputs import (
     as_one,
     open_entries,
+    sample_pictures,
     stored_hashes,
     stored_teacher,
     teacher_features,
@@ -32,7 +33,6 @@ from understudy.train.devices import use_threads
 from understudy.train.feed import TeacherSource
 
 RUNTIME_NAME = "runtime"
-NUM_SAMPLE_IMAGES = 512
 
 
 def label(run: Run) -> Record:
@@ -89,7 +89,7 @@ def teacher_inference(run: Run, role: str, folder: Path) -> Inference:
     """
     model = trained_model(run, role, run.parent(role, "teach"))
     path = folder / f"{RUNTIME_NAME}-{role}"
-    images_NCHW = run.source.images(run.splits.train[:NUM_SAMPLE_IMAGES])
+    images_NCHW = run.source.images(sample_pictures(run))
     infer = fast_inference(
         model,
         image_shape=run.source.image_shape,

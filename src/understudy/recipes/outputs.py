@@ -9,6 +9,7 @@ from torch import Tensor
 
 from understudy.artifacts import Record, content_hash, file_hash
 from understudy.data.batches import Batch
+from understudy.data.splits import spread
 from understudy.models.taps import Tap, kind_shape, tap_shapes
 from understudy.recipes.networks import WEIGHTS_NAME, trained_model
 from understudy.recipes.run import Run
@@ -26,6 +27,33 @@ from understudy.train.terms import teacher_taps
 # Of outputs by that of the labelling, where the words differ. Labels from 8-bit weights, which were
 # "int8", are others.
 STORED_PRECISIONS = {"auto": "float32", "int8": "int8 of 7-bit weights"}
+NUM_SAMPLE_IMAGES = 512
+
+
+def sample_pictures(run: Run) -> Tensor:
+    """Return the training samples that a teacher's runtime is chosen and int8 calibrated with.
+
+    The first ones where they show every class, so that what was stored with them stays in use.
+    Those of a folder that is sorted by class do not.
+    """
+    train_N = run.splits.train
+    return (
+        spread(train_N, NUM_SAMPLE_IMAGES) if spreads_sample(run) else train_N[:NUM_SAMPLE_IMAGES]
+    )
+
+
+def spreads_sample(run: Run) -> bool:
+    """Return whether the first training samples lack a class, and there are others."""
+    labels_N = run.source.labels_N[run.splits.train[:NUM_SAMPLE_IMAGES]]
+    num_shown = len(set(labels_N[labels_N >= 0].tolist()))
+    return len(run.splits.train) > NUM_SAMPLE_IMAGES and num_shown < len(run.source.class_names)
+
+
+def stored_precision(run: Run) -> str:
+    """Return the precision of a run's stored outputs, which is part of their address."""
+    precision = run.recipe.labelling.precision
+    is_spread = precision == "int8" and spreads_sample(run)
+    return STORED_PRECISIONS.get(precision, precision) + (", spread sample" if is_spread else "")
 
 
 def teacher_features(run: Run, role: str) -> list[Tap]:
@@ -50,7 +78,7 @@ def open_entries(run: Run, role: str, *, with_features: bool = True) -> list[Ent
     common: dict[str, Any] = {
         "teacher": teacher_identity(run, role, run.parent(role, "teach")),
         "num_views": run.recipe.views.num_views,
-        "precision": STORED_PRECISIONS.get(labelling.precision, labelling.precision),
+        "precision": stored_precision(run),
     }
     entries = [
         store.entry(

@@ -22,13 +22,14 @@ from understudy.evaluate.accuracy import predict_logits
 from understudy.models.cost import model_cost
 from understudy.progress import shown_progress
 from understudy.recipes import profile_teacher
-from understudy.recipes.label import NUM_SAMPLE_IMAGES, teacher_inference, uses_gpu
+from understudy.recipes.label import teacher_inference, uses_gpu
 from understudy.recipes.networks import (
     WEIGHTS_NAME,
     conversions,
     is_onnx,
     trained_model,
 )
+from understudy.recipes.outputs import sample_pictures
 from understudy.recipes.run import Run
 from understudy.recipes.sections import TeacherSection
 from understudy.runtime import num_usable_cores
@@ -88,7 +89,7 @@ def measure_fresh(run: Run, teacher: Record, *, runtime: str) -> dict[str, Any]:
     """Label real pictures with the teacher in a new process; return what ``measure`` returns."""
     section = run.teachers["teacher"]
     weights = run.folder / "teacher" / WEIGHTS_NAME
-    images_NCHW = run.source.images(run.splits.train[:NUM_SAMPLE_IMAGES])
+    images_NCHW = run.source.images(sample_pictures(run))
     with tempfile.TemporaryDirectory(prefix="understudy-") as folder:
         images_path = Path(folder) / "images.npy"
         np.save(images_path, images_NCHW.numpy())

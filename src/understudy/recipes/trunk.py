@@ -21,8 +21,9 @@ from understudy.heads.tasks import EMBEDDING_TAP, OwnHead, Trunk, embed
 from understudy.progress import log, shown_progress
 from understudy.recipes.export import parity_pictures, parity_section
 from understudy.recipes.head_settings import OWN_TASK
-from understudy.recipes.label import NUM_SAMPLE_IMAGES, uses_gpu
+from understudy.recipes.label import uses_gpu
 from understudy.recipes.networks import trained_model
+from understudy.recipes.outputs import sample_pictures, spreads_sample
 from understudy.recipes.run import Run
 from understudy.teachers.inference import fast_inference
 
@@ -110,6 +111,8 @@ def _part(run: Run, role: str, part: str, embedder: Callable[[], Embed]) -> Tens
         section = {"views_seed": run.views.seed, "transforms": head_transforms(run)}
     if role != "student":
         section["labelling"] = run.recipe.section("labelling")
+        if run.recipe.labelling.precision == "int8" and spreads_sample(run):
+            section["sample"] = "spread"
     stage = run.begin(
         f"embeddings/{role}/{part}",
         section=section,
@@ -173,7 +176,7 @@ def teacher_embedder(run: Run, role: str) -> Embed:
         image_shape=run.source.image_shape,
         precision=run.recipe.labelling.precision,
         device="cuda" if uses_gpu(run) else "cpu",
-        sample_images_NCHW=run.source.images(run.splits.train[:NUM_SAMPLE_IMAGES]),
+        sample_images_NCHW=run.source.images(sample_pictures(run)),
         runtime=path.read_text() if path.exists() else None,
         num_images=len(run.splits.train),
         taps=[EMBEDDING_TAP],
