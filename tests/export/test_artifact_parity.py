@@ -43,8 +43,9 @@ class Faulty:
     PRECISIONS = ("float32", "int8")
     RUNS_HERE = True
 
-    def __init__(self, layer: str) -> None:
+    def __init__(self, layer: str, *, factor: float = 1.5) -> None:
         self.layer = layer
+        self.factor = factor
         self.num_exports = 0
 
     def export(self, source: ExportSource, folder: Path, *, precision: str) -> Artifact:
@@ -54,7 +55,7 @@ class Faulty:
             p for name, p in broken.named_parameters() if name.endswith(f"{self.layer}.weight")
         )
         with torch.no_grad():
-            weight[0] *= 1.5
+            weight[0] *= self.factor
         source = replace(source, model=broken)
         return find_target("onnx").export(source, folder, precision=precision)
 
@@ -203,6 +204,22 @@ def test_the_layer_is_named_also_where_mirror_images_are_averaged(every_layer):
     assert found.target == "onnx"
     right = find_divergence(source, find_target("onnx"), make_images(4), every_layer=every_layer)
     assert right.first is None
+
+
+def test_layers_that_stay_in_float_do_not_end_the_search():
+    """A part of such layers alone has nothing to quantise."""
+    torch.manual_seed(0)
+    source = replace(make_source(Branches().eval()), float_layers=("stem",))
+    found = find_divergence(
+        source,
+        Faulty("main.0", factor=4),
+        make_images(4).float() / 255,
+        precision="int8",
+        tolerance=0.1,
+        every_layer=True,
+    )
+    assert found.first == "main.0"
+    assert found.not_exported == ("stem",)
 
 
 def test_no_layer_is_named_where_the_logits_agree(model):
