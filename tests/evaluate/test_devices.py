@@ -88,7 +88,7 @@ power: {watts: 3}
         else "board: unknown key `limits.ram`",
         "board: unknown key `precison` (did you mean 'precision'?)",
     ]
-    for text in ("[1, 2", "- 1", "", "3"):
+    for text in ("[1, 2", "- 1", "", "3", "title: 2024-13-01"):
         with pytest.raises(InputError, match="board"):
             parse_device(text, origin="board")
 

@@ -21,6 +21,7 @@ from understudy.recipes import prune_step as prune_module
 from understudy.recipes import step_limits
 from understudy.recipes.artifacts import failure_of
 from understudy.recipes.compress import compress
+from understudy.recipes.compression_of import with_compression_of
 from understudy.recipes.compression_report import compression_values
 from understudy.recipes.job import open_run
 
@@ -254,6 +255,20 @@ def test_what_is_no_compression_is_said_and_the_run_stays_as_it_was(trained, tmp
     assert text in str(raised.value)
     assert path.name in str(raised.value)
     assert (trained.folder / "recipe.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "text"),
+    [
+        ("", [], "recipe.yaml holds NoneType; expected a mapping"),
+        ("[1, 2]", [], "recipe.yaml holds list; expected a mapping"),
+        ("seed: 1", ["data=5"], "`data`"),
+    ],
+)
+def test_a_runs_own_recipe_that_is_none_is_said(tmp_path, recipe, changes, text):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(RecipeError, match=text):
+        with_compression_of("edge", tmp_path, changes)
 
 
 @pytest.mark.parametrize("run", [None, "digits", "no_such_folder"])

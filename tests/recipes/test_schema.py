@@ -137,6 +137,10 @@ def test_missing_and_broken_files(tmp_path):
     broken.write_text("a: [1,")
     with pytest.raises(RecipeError, match="is not YAML"):
         load_recipe(broken)
+    broken.write_text("name: 2024-13-01")  # PyYAML takes it for a date
+    for recipe, changes in ((broken, ()), (None, ["name=2024-13-01"])):
+        with pytest.raises(RecipeError, match=r"is not YAML \(month must be .* Quote"):
+            load_recipe(recipe, changes)
     broken.write_text("- 1")
     with pytest.raises(RecipeError, match="holds list; expected a mapping"):
         load_recipe(broken)

@@ -129,12 +129,12 @@ def parse_device(text: str, *, origin: str) -> Device:
     """Return the profile in a YAML text; ``origin`` names it in the errors."""
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second of a date that is none: 2024-13-01
         raise InputError(
             problem(
                 f"{origin} is not YAML ({' '.join(str(error).split())})",
                 expected="keys and values",
-                mend="Correct the line.",
+                mend="Correct the line, or quote it.",
             )
         ) from None
     try:

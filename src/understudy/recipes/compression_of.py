@@ -40,6 +40,8 @@ def with_compression_of(other: str | Path, folder: Path, changes: Sequence[str])
                 mend="`understudy recipes show edge` shows one.",
             )
         )
+    if not isinstance(values, dict):
+        return parse_checked(values, origin=origin)  # which says what it holds instead
     values["compression"] = section
     apply_changes(values, changes)
     check_calibration(values, section, folder, other_origin)
@@ -60,8 +62,9 @@ def check_calibration(
     """Raise RecipeError where a run kept no pictures for int8: it would be trained for them."""
     steps = section["steps"] if isinstance(section["steps"], list) else []
     quantizes = any(isinstance(step, dict) and step.get("name") == "quantize" for step in steps)
+    # What is no mapping is told with the recipe's other mistakes.
     data = values.get("data") or {}
-    if quantizes and not data.get("calibration_fraction"):
+    if quantizes and isinstance(data, dict) and not data.get("calibration_fraction"):
         raise RecipeError(
             problem(
                 f"{other_origin} quantises, and {folder} was trained without a calibration split",

@@ -152,8 +152,9 @@ def _read(path: Path) -> str:
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second of a date that is none: 2024-13-01
         line = " ".join(str(error).split())
+        mend = "Mend the line." if isinstance(error, yaml.YAMLError) else "Quote what is no date."
         raise RecipeError(
-            problem(f"{origin} is not YAML ({line})", expected="valid YAML", mend="Mend the line.")
+            problem(f"{origin} is not YAML ({line})", expected="valid YAML", mend=mend)
         ) from None

@@ -206,7 +206,7 @@ def yaml_of(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds."""
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:  # no text, or a date that is none
         line = " ".join(str(error).split())
         raise InputError(
             problem(
