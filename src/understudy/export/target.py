@@ -74,7 +74,7 @@ class Artifact:
     """Files of one target, as one folder.
 
     Attributes:
-        files: names in ``folder``; the runtime opens the first.
+        files: names in ``folder``, of files or folders of files; the runtime opens the first.
         batch: "any", or "one" where the file takes one image at a time.
         facts: what the files say of themselves: static RAM, flash, arena bytes, number of nodes.
         notes: sentences that a user must know, for instance why it is not run here.
@@ -90,13 +90,15 @@ class Artifact:
 
     @property
     def path(self) -> Path:
-        """The file that the runtime opens."""
+        """The file, or folder of files, that the runtime opens."""
         return self.folder / self.files[0]
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all files that the device needs."""
-        return sum((self.folder / name).stat().st_size for name in self.files)
+        paths = [self.folder / name for name in self.files]
+        inner = [part for path in paths if path.is_dir() for part in path.rglob("*")]
+        return sum(path.stat().st_size for path in (*paths, *inner) if path.is_file())
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the folder, and the size, as a plain dict."""

@@ -167,7 +167,7 @@ def make_artifact(
     if stage.record is not None:
         return stage.record
     artifact = target.export(source, stage.folder, precision=precision)
-    if precision == "int8" and (note := quantised_afterwards(run, compressed)):
+    if precision == "int8" and (note := quantised_afterwards(run, compressed, name)):
         artifact = dataclasses.replace(artifact, notes=(*artifact.notes, note))
     parity: ArtifactParity | None = None
     logits_NK: Tensor | None = None
@@ -213,6 +213,8 @@ def artifact_stage(run: Run, compressed: Record, name: str, precision: Precision
         "latency": limits["latency_ms"],
     }
     section |= parity_section(run)
+    if name == "coreml":
+        section["opens"] = "the package"  # and not the manifest in it, as it once was
     if name == "tflm" and limits["strict"]:
         section["strict"] = True
     parents = {compressed.kind: compressed.hash}

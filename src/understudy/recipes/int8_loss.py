@@ -40,7 +40,7 @@ def float_accuracy(run: Run, state: Record) -> float:
     return (logits_NK.argmax(1) == labels_N).double().mean().item()
 
 
-def quantised_afterwards(run: Run, compressed: Record) -> str:
+def quantised_afterwards(run: Run, compressed: Record, target: str) -> str:
     """Return in a sentence why int8 files are made of a float state; "" where they are not."""
     if last_network(compressed).precision == "int8":
         return ""
@@ -48,10 +48,10 @@ def quantised_afterwards(run: Run, compressed: Record) -> str:
     reason = "the recipe has no step that quantizes"
     if taken_back:
         reason = f"{taken_back[-1]['name']} was taken back ({taken_back[-1]['reason']})"
-    return (
-        f"Quantised after training with {len(calibration_images(run))} calibration pictures, "
-        f"because {reason}."
-    )
+    how = f" with {len(calibration_images(run))} calibration pictures"
+    if target == "coreml":
+        how = ", the weights alone"  # whose rounding needs no pictures
+    return f"Quantised after training{how}, because {reason}."
 
 
 def most_int8_may_lose(run: Run) -> float | None:

@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import sys
 import tempfile
 import traceback
@@ -77,9 +78,9 @@ def export(source: ExportSource, folder: Path, *, precision: Precision) -> Artif
         saved = Path(temporary) / PACKAGE_NAME
         with _quiet():
             network.save(str(saved))
-        files = _write_package(saved, folder / PACKAGE_NAME)
+        _write_package(saved, folder / PACKAGE_NAME)
     facts["num_operations"] = len(_operations(network))
-    return Artifact("coreml", precision, folder, files, facts=facts, notes=(NOT_RUN,))
+    return Artifact("coreml", precision, folder, (PACKAGE_NAME,), facts=facts, notes=(NOT_RUN,))
 
 
 def _import() -> Any:
@@ -174,7 +175,7 @@ def _describe(network: Any, entries: dict[str, str]) -> None:
     del metadata["com.github.apple.coremltools.conversion_date"]
 
 
-def _write_package(saved: Path, package: Path) -> tuple[str, ...]:
+def _write_package(saved: Path, package: Path) -> None:
     """Write the package's files, each atomically, the manifest that names them last."""
     manifest = json.loads((saved / MANIFEST_NAME).read_text())
     # Identifiers drawn at random; by the path that they stand for, they do as well.
@@ -187,12 +188,11 @@ def _write_package(saved: Path, package: Path) -> tuple[str, ...]:
     }
     manifest["rootModelIdentifier"] = names[manifest["rootModelIdentifier"]]
     paths = sorted(path for path in (saved / "Data").rglob("*") if path.is_file())
+    shutil.rmtree(package, ignore_errors=True)  # what a killed export left is no part of it
     for path in paths:
         write_bytes(package / path.relative_to(saved), path.read_bytes())
     text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
     write_bytes(package / MANIFEST_NAME, text.encode())
-    inner = [MANIFEST_NAME, *(path.relative_to(saved).as_posix() for path in paths)]
-    return tuple(f"{package.name}/{name}" for name in inner)
 
 
 def _reason(error: Exception, program: Any) -> str:
