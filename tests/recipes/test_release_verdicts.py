@@ -16,11 +16,14 @@ from understudy.evaluate.latency import Latency, Measurement
 from understudy.evaluate.microcontroller import NEWLIB_PACKAGE, TOOLS
 from understudy.export.artifact_parity import ArtifactParity
 from understudy.export.divergence import Divergence
+from understudy.export.targets import web
 from understudy.recipes import artifacts, measuring_tools
 from understudy.recipes.artifact_budget import artifact_budget, artifact_budgets, shipped_budget
+from understudy.recipes.check import problems_of
 from understudy.recipes.compressed import Network
 from understudy.recipes.compression_report import compressed_budget
 from understudy.recipes.int8_loss import float_state, most_int8_may_lose, quantised_afterwards
+from understudy.recipes.release import check_release
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
 
@@ -416,3 +419,31 @@ def test_a_measurement_is_made_once_its_tools_are_there(shipped, tools, target, 
     assert not is_reused()
     finished(**measured)
     assert is_reused()
+
+
+# What is sure to fail
+
+
+def checked(folder, *targets, class_names=("a", "b")):
+    """Return the problems of a release to these targets that are told before anything runs."""
+    recipe = parse_recipe(yaml.safe_load(TINY_RECIPE) | {"release": {"targets": targets}})
+    run = SimpleNamespace(recipe=recipe, source=SimpleNamespace(class_names=class_names))
+    return problems_of(lambda: check_release(run, folder / "release"))
+
+
+def test_what_a_page_needs_is_looked_for_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path))
+    monkeypatch.delenv(web.NODE_MODULES_VARIABLE, raising=False)
+    told = " ".join(checked(tmp_path, "web"))
+    assert "no browser is installed" in told
+    assert "npm is not installed" in told
+    monkeypatch.setenv(web.NODE_MODULES_VARIABLE, str(tmp_path))
+    assert "there is no " in " ".join(checked(tmp_path, "web"))
+    # Found, npm is not asked for.
+    monkeypatch.delenv(web.NODE_MODULES_VARIABLE)
+    monkeypatch.setattr(web, "_fault", lambda package: "")
+    told = " ".join(checked(tmp_path, "web"))
+    assert "no browser is installed" in told
+    assert "npm" not in told
+    assert checked(tmp_path, "onnx") == []

@@ -48,7 +48,9 @@ def check_release(run: Run, path: Path) -> None:
             if find_spec(module) is None:
                 problems += MissingExtraError(package, TARGETS[name]).problems
     if "web" in names:
-        problems += problems_of(find_browser)
+        from understudy.export.targets.web import check_runtime
+
+        problems += problems_of(find_browser) + problems_of(check_runtime)
     if problems:
         raise InputError(*dict.fromkeys(problems))
 

@@ -143,31 +143,43 @@ def find_runtime(node_modules: Path | None = None) -> Path:
     """
     named = node_modules or os.environ.get(NODE_MODULES_VARIABLE)
     if named:
-        package = Path(named)
-        if package.name != PACKAGE:
-            package = package / PACKAGE
-        if fault := _fault(package):
-            raise InputError(
-                problem(
-                    fault,
-                    expected=f"{PACKAGE} {PACKAGE_VERSION}, unchanged",
-                    mend=f"Run: {_install_command(package.parent.parent)}",
-                )
-            )
-        return package
-    prefix = _cache_folder() / PACKAGE_VERSION
+        return _named_package(Path(named))
+    prefix = _cache_prefix()
     package = prefix / "node_modules" / PACKAGE
     if _fault(package):
         _fetch(package, prefix)
     return package
 
 
-def _cache_folder() -> Path:
+def check_runtime() -> None:
+    """Raise InputError where ``find_runtime`` is sure to; nothing is fetched."""
+    prefix = _cache_prefix()
+    if named := os.environ.get(NODE_MODULES_VARIABLE):
+        _named_package(Path(named))
+    elif _fault(prefix / "node_modules" / PACKAGE):
+        _find_npm(prefix)
+
+
+def _named_package(package: Path) -> Path:
+    """Return the package in a folder that the user names, or the folder if it is that."""
+    if package.name != PACKAGE:
+        package = package / PACKAGE
+    if fault := _fault(package):
+        raise InputError(
+            problem(
+                fault,
+                expected=f"{PACKAGE} {PACKAGE_VERSION}, unchanged",
+                mend=f"Run: {_install_command(package.parent.parent)}",
+            )
+        )
+    return package
+
+
+def _cache_prefix() -> Path:
+    """Return where npm puts the package that no one named."""
     home = os.environ.get("UNDERSTUDY_HOME")
-    if home:
-        return Path(home) / "web"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "understudy" / "web"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "understudy"
+    return (Path(home) if home else cache) / "web" / PACKAGE_VERSION
 
 
 def _install_command(prefix: Path) -> str:
@@ -192,15 +204,7 @@ def _fault(package: Path) -> str:
 
 def _fetch(package: Path, prefix: Path) -> None:
     """Fetch the archive with npm and put what is needed of it in place, as one folder."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise InputError(
-            problem(
-                f"the web target needs {PACKAGE} {PACKAGE_VERSION}, and npm is not installed",
-                expected=f"npm, or {NODE_MODULES_VARIABLE} naming a node_modules folder with it",
-                mend=f"Install Node.js, then export again or run: {_install_command(prefix)}",
-            )
-        )
+    npm = _find_npm(prefix)
     package.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=prefix, prefix=".fetch-") as folder:
         archive = _pack(npm, Path(folder), prefix)
@@ -218,6 +222,19 @@ def _fetch(package: Path, prefix: Path) -> None:
             # Another process was faster; what it put there must be right all the same.
             if _fault(package):
                 raise
+
+
+def _find_npm(prefix: Path) -> str:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise InputError(
+            problem(
+                f"the web target needs {PACKAGE} {PACKAGE_VERSION}, and npm is not installed",
+                expected=f"npm, or {NODE_MODULES_VARIABLE} naming a node_modules folder with it",
+                mend=f"Install Node.js, then export again or run: {_install_command(prefix)}",
+            )
+        )
+    return npm
 
 
 def _pack(npm: str, folder: Path, prefix: Path) -> Path:
