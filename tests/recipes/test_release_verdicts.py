@@ -447,3 +447,21 @@ def test_what_a_page_needs_is_looked_for_before_anything_runs(tmp_path, monkeypa
     assert "no browser is installed" in told
     assert "npm" not in told
     assert checked(tmp_path, "onnx") == []
+
+
+def test_class_names_that_a_package_cannot_hold_are_told_before_anything_runs(tmp_path):
+    long, fits = 201 * "x", 200 * "x"
+    names = (
+        "\u0645\u06cc\u200c\u0631\u0648\u0645",
+        "a\u00a0b",
+        "a\tb",
+        long,
+        "",
+        fits,
+        "Äpfel, rote",
+    )
+    told = checked(tmp_path, "onnx", class_names=names)
+    assert len(told) == 5
+    assert r"\u200c" in told[0]
+    assert "of 201 characters" in told[3]
+    assert all("Rename the class" in text for text in told)

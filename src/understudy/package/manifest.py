@@ -29,6 +29,7 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_NAME_LENGTH = 240
+MAX_TITLE_LENGTH = 200
 
 FETCH_AGAIN = "Get the package again from where it came, or write it again."
 
@@ -66,7 +67,7 @@ def _printable(text: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_safe_name)]
-Title = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+Title = Annotated[str, Field(min_length=1, max_length=MAX_TITLE_LENGTH), AfterValidator(_printable)]
 Word = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
@@ -201,6 +202,22 @@ def clashing_name(names: Iterable[str]) -> str | None:
         seen.add(folded)
         folders |= {str(parent) for parent in PurePosixPath(folded).parents}
     return next(iter(sorted(seen & folders)), None)
+
+
+def check_class_names(names: Iterable[str]) -> None:
+    """Raise one InputError for all names of classes that a manifest cannot hold."""
+    problems = [
+        problem(
+            f"a package cannot hold the class name {name[:40]!r} of {len(name)} characters",
+            expected=f"1 to {MAX_TITLE_LENGTH} characters, none of them a control, a joiner or a "
+            "space of another kind than ' '",
+            mend="Rename the class in the data.",
+        )
+        for name in names
+        if not (0 < len(name) <= MAX_TITLE_LENGTH and name.isprintable())
+    ]
+    if problems:
+        raise InputError(*problems)
 
 
 def seal(values: dict[str, Any]) -> Manifest:

@@ -10,6 +10,7 @@ from pathlib import Path
 from understudy.errors import InputError, MissingExtraError
 from understudy.evaluate.browser import find_browser
 from understudy.export.target_names import TARGET_MODULES, TARGETS
+from understudy.package.manifest import check_class_names
 from understudy.package.writing import check_package_path, write_package
 from understudy.progress import log
 from understudy.recipes.artifact_budget import artifact_budgets
@@ -43,6 +44,7 @@ def check_release(run: Run, path: Path) -> None:
     names = dict.fromkeys(text.partition("/")[0] for text in run.recipe.release.targets)
     problems = problems_of(lambda: check_package_path(path, overwrite=True))
     problems += problems_of(lambda: check_compression(run))
+    problems += problems_of(lambda: check_class_names(run.source.class_names))
     for name in names:
         for module, package in TARGET_MODULES.get(name, {}).items():
             if find_spec(module) is None:
