@@ -116,17 +116,42 @@ def test_readings_follow_from_the_numbers():
         "TS 4": {"curve": curve(0.3, 0.4, 0.505)},
         "TS 6": {"curve": curve(0.3, 0.6, 0.58)},
     }
-    text = plain("\n".join(reading_of_accuracy(networks)))
+    text = plain("\n".join(reading_of_accuracy({"networks": networks})))
     assert "Teacher 6, Teacher 4, not in the paper's order" in text
     assert "TS 4 against the student alone: +0.50 points (within chance)" in text
     assert "TS 6 against the student alone: +8.00 points; the paper has +14.55 points" in text
     assert "3 of 100 epochs: over the last two, 5 of 5 curves still rose" in text
     rates = {"0": curve(*[0.6] * 100), "0.3": curve(*[0.53] * 100)}
-    assert "is a rate of 0.3: 53.00 %" in plain(reading_of_dropout(rates))
-    assert "not to be told" in reading_of_dropout({"0": curve(0.6), "0.3": curve(0.5)})
-    told = reading_of_grid("distillation.temperature", [(1.0, curve(0.6)), (5.0, curve(0.5))])
+    assert "is a rate of 0.3: 53.00 %" in plain(reading_of_dropout({"curves": rates}))
+    rates = {"0": curve(0.6), "0.3": curve(0.5)}
+    assert "not to be told" in reading_of_dropout({"curves": rates})
+    found = [(1.0, curve(0.6)), (5.0, curve(0.5))]
+    told = reading_of_grid("distillation.temperature", found, {})
     assert told[0].startswith("Best on validation: 1; within chance of it: 1.")
     assert told[1].startswith("1 of 100 epochs: too few to tell")
+
+
+def test_rates_are_compared_after_the_epochs_that_all_have():
+    curves = {"0": curve(0.4, 0.41), "0.5": curve(0.3, 0.35, 0.5, 0.6)}
+    told = plain(reading_of_dropout({"curves": curves}))
+    assert "After 2 epochs the rates from best to worst are 0, 0.5, 6.00 % apart" in told
+
+
+def test_chance_is_that_of_the_validation_pictures_there_are():
+    few = {"num_samples": {"validation": 180}}
+    networks = {"Student": {"curve": curve(0.9)}, "TS 6": {"curve": curve(0.95)}}
+    for counts, expected in (({}, False), (few, True)):
+        told = reading_of_accuracy({"networks": networks, **counts})
+        assert ("+5.00 points (within chance)" in plain("\n".join(told))) == expected
+        told = reading_of_dropout({"curves": {"0": curve(0.9), "0.5": curve(0.95)}, **counts})
+        assert ("within chance" in told) == expected
+        online = {"curve": curve(0.9), "offline_curve": curve(0.95)}
+        seconds = {"epoch_seconds": 1.0, "offline_epoch_seconds": 1.0}
+        told = reading_of_online({**online, **seconds, **counts})
+        assert ("within chance" in told[0]) == expected
+        found = [(1.0, curve(0.95)), (5.0, curve(0.9))]
+        told = reading_of_grid("distillation.temperature", found, counts)
+        assert ("within chance of it: 1, 5." in told[0]) == expected
 
 
 def test_curves_are_said_to_rise_or_not_where_they_are_short():

@@ -164,8 +164,14 @@ def accuracy(lab: Lab) -> dict[str, Any]:
     return {
         "networks": found,
         "dropout": setting.dropout,
-        "num_samples": Record.load(folder / "split").payload["num_samples"],
+        "num_samples": num_samples(folder),
     }
+
+
+def num_samples(folder: Path) -> dict[str, int]:
+    """Return how many pictures each split of a run has: what chance is judged by."""
+    counts: dict[str, int] = Record.load(folder / "split").payload["num_samples"]
+    return counts
 
 
 def teacher_and_student(lab: Lab, layers: int) -> dict[str, Any]:
@@ -200,7 +206,7 @@ def dropout(lab: Lab) -> dict[str, Any]:
         # The student of Table 6 is one of these, and perhaps trained longer already.
         folder = lab.run_folder("alone", rate)
         curves[f"{rate:g}"] = trainings.curve(trainings.on_labels(longest(recipe, folder), folder))
-    return {"curves": curves}
+    return {"curves": curves, "num_samples": num_samples(folder)}
 
 
 def longest(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -236,7 +242,7 @@ def grid(lab: Lab, name: str, space: Mapping[str, Any]) -> dict[str, Any]:
     for row in results.complete:
         trial = Record.load(Path(results.folder) / "trials" / f"{row.number:04d}" / "student")
         points.append({"settings": row.settings, "curve": trainings.curve(trial)})
-    return {"points": points}
+    return {"points": points, "num_samples": num_samples(Path(results.folder) / "base")}
 
 
 def alpha(lab: Lab) -> dict[str, Any]:
@@ -265,6 +271,7 @@ def online_figure(lab: Lab) -> dict[str, Any]:
         "offline_curve": student["curve"],
         "offline_epoch_seconds": teacher["epoch_seconds"] + student["epoch_seconds"],
         "label_seconds": student["label_seconds"],
+        "num_samples": num_samples(folder),
     }
 
 

@@ -68,7 +68,7 @@ def dropout_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
     )
     shown = {f"dropout {rate}": {"curve": curve} for rate, curve in curves.items()}
     chart = curves_chart("dropout", "Validation accuracy", shown, column=2)
-    return (Grid(caption, titles, rows), chart, reading_of_dropout(curves))
+    return (Grid(caption, titles, rows), chart, reading_of_dropout(payload))
 
 
 def online_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
@@ -164,7 +164,11 @@ def grid_parts(payload: Mapping[str, Any], path: str, title: str) -> tuple[Part,
     chart = Chart(path.split(".")[-1], title, "After the last epoch.",
                   {"data": data, "layout": layout})  # fmt: skip
     titles = (title, "Epochs", "Training accuracy", "Validation accuracy")
-    return (Grid("Taught by Teacher 6.", titles, rows), chart, reading_of_grid(path, found))
+    return (
+        Grid("Taught by Teacher 6.", titles, rows),
+        chart,
+        reading_of_grid(path, found, payload),
+    )
 
 
 def alpha_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:

@@ -17,8 +17,14 @@ from understudy.report.formats import fixed, percent, points
 SEEN_BEFORE = 0.99  # of CIFAR-10: nobody's validation accuracy
 NEARLY_LABELS = 0.99  # mean confidence on the training pictures
 Curve = Sequence[Sequence[float]]
-# Standard deviation of an accuracy near 0.6 on 5,000 pictures; twice that of a difference is noise.
-NOISE = 2 * (2 * 0.6 * 0.4 / 5000) ** 0.5
+PAPER_VALIDATION = 5000  # pictures; those of records that do not tell their own
+
+
+def noise(payload: Mapping[str, Any]) -> float:
+    """Return which difference of two accuracies near 0.6 is within chance: twice its deviation."""
+    num_pictures: int = payload.get("num_samples", {}).get("validation", PAPER_VALIDATION)
+    deviation: float = (2 * 0.6 * 0.4 / num_pictures) ** 0.5
+    return 2 * deviation
 
 
 def last(curve: Curve) -> float:
@@ -26,8 +32,9 @@ def last(curve: Curve) -> float:
     return curve[-1][2]
 
 
-def reading_of_accuracy(networks: Mapping[str, Any]) -> tuple[str, ...]:
+def reading_of_accuracy(payload: Mapping[str, Any]) -> tuple[str, ...]:
     """Compare the order of the networks, and what the teachers were worth, with the paper's."""
+    networks = payload["networks"]
     found = {name: last(item["curve"]) for name, item in networks.items()}
     told = []
     teachers = [f"Teacher {n}" for n in TEACHER_LAYERS if f"Teacher {n}" in found]
@@ -38,9 +45,9 @@ def reading_of_accuracy(networks: Mapping[str, Any]) -> tuple[str, ...]:
     students = [f"TS {n}" for n in TEACHER_LAYERS if f"TS {n}" in found]
     for name in students:
         gain, theirs = found[name] - found["Student"], paper_gain(name)
-        noise = " (within chance)" if abs(gain) < NOISE else ""
+        chance = " (within chance)" if abs(gain) < noise(payload) else ""
         told.append(
-            f"{name} against the student alone: {points(gain)}{noise}; the paper has "
+            f"{name} against the student alone: {points(gain)}{chance}; the paper has "
             f"{points(theirs)}."
         )
     if len(students) > 1:
@@ -79,30 +86,35 @@ def slopes(curves: Sequence[Curve], *, anew: bool = False) -> tuple[str, ...]:
     return (told + f"with --epochs {EPOCHS} goes on from here.",)
 
 
-def reading_of_dropout(curves: Mapping[str, Curve]) -> str:
-    """Return which rates could have given the paper's student."""
+def reading_of_dropout(payload: Mapping[str, Any]) -> str:
+    """Return which rates could have given the paper's student, by the epochs that all have."""
+    curves: Mapping[str, Curve] = payload["curves"]
     theirs, epochs = ACCURACIES["Student"][1], int(min(curve[-1][0] for curve in curves.values()))
-    near = min(curves, key=lambda rate: abs(last(curves[rate]) - theirs))
+    found = {
+        rate: next(row[2] for row in reversed(curve) if row[0] <= epochs)
+        for rate, curve in curves.items()
+    }
+    near = min(found, key=lambda rate: abs(found[rate] - theirs))
     if epochs < EPOCHS:
-        order = sorted(curves, key=lambda rate: -last(curves[rate]))
-        spread = last(curves[order[0]]) - last(curves[order[-1]])
-        chance = "within chance" if spread < NOISE else "more than chance gives two networks"
+        order = sorted(found, key=lambda rate: -found[rate])
+        spread = found[order[0]] - found[order[-1]]
+        within = spread < noise(payload)
+        chance = "within chance" if within else "more than chance gives two networks"
         return (
             f"After {epochs} epochs the rates from best to worst are {', '.join(order)}, "
             f"{percent(spread)} apart ({chance}; one seed each): whether a rate ends "
             f"at the paper's {percent(theirs)} is not to be told before {EPOCHS} epochs."
         )
-    ours = percent(last(curves[near]))
-    return f"Nearest to the paper's {percent(theirs)} is a rate of {near}: {ours}."
+    return f"Nearest to the paper's {percent(theirs)} is a rate of {near}: {percent(found[near])}."
 
 
 def reading_of_online(payload: Mapping[str, Any]) -> tuple[str, ...]:
     """Return which way was better and which one faster."""
     gain = last(payload["curve"]) - last(payload["offline_curve"])
     ratio = payload["epoch_seconds"] / payload["offline_epoch_seconds"]
-    noise = ", within chance" if abs(gain) < NOISE else ""
+    chance = ", within chance" if abs(gain) < noise(payload) else ""
     told = (
-        f"Online against offline: {points(gain)}{noise} (the paper: offline is better). Its "
+        f"Online against offline: {points(gain)}{chance} (the paper: offline is better). Its "
         f"time is {fixed(ratio, 2)} of offline's (paper: 0.94)."
     )
     return (told, *slopes([payload["curve"], payload["offline_curve"]]))
@@ -153,12 +165,14 @@ def reading_of_gap(payload: Mapping[str, Any]) -> tuple[str, ...]:
     return (*told, f"{sentence}.")
 
 
-def reading_of_grid(path: str, found: Sequence[tuple[float, Curve]]) -> tuple[str, ...]:
+def reading_of_grid(
+    path: str, found: Sequence[tuple[float, Curve]], payload: Mapping[str, Any]
+) -> tuple[str, ...]:
     """Return where the best value lies, whether it stands out, and where the curves end."""
     if not found:
         return ("No point is complete.",)
     best, curve = max(found, key=lambda item: last(item[1]))
-    close = [f"{value:g}" for value, other in found if last(curve) - last(other) < NOISE]
+    close = [f"{value:g}" for value, other in found if last(curve) - last(other) < noise(payload)]
     told = f"Best on validation: {best:g}; within chance of it: {', '.join(close)}. "
     if path.endswith("temperature"):
         low, high = STABLE_TEMPERATURES

@@ -208,7 +208,7 @@ def accuracy_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
             ("Network", "Training, paper", "Here", "Faster", "Inference, paper", "Here", "Faster"),
             tuple(times),
         ),
-        reading_of_accuracy(networks),
+        reading_of_accuracy(payload),
     )
 
 
