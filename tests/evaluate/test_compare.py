@@ -8,7 +8,7 @@ from measure_model import write_linear
 from understudy.errors import InputError, MissingExtraError
 from understudy.evaluate.compare import compare_artifacts, ratio_of
 from understudy.evaluate.eager import open_model, write_eager
-from understudy.evaluate.fresh_process import describe_fresh, predict_fresh
+from understudy.evaluate.fresh_process import describe_fresh
 from understudy.evaluate.latency import measure_latency
 from understudy.evaluate.profile import profile_command
 from understudy.evaluate.runtime_files import RuntimeFile, runtime_file
@@ -123,7 +123,7 @@ def test_the_runtime_is_told_by_the_file(tmp_path):
         runtime_file(tmp_path / "net.onnx", "coreml")
 
 
-def test_any_runtime_can_be_measured_and_asked(tmp_path, monkeypatch):
+def test_any_runtime_can_be_measured(tmp_path, monkeypatch):
     """A runtime is a script, and its noise on standard output is not taken for its answer."""
     script = tmp_path / "doubler.py"
     script.write_text(
@@ -145,8 +145,6 @@ def test_any_runtime_can_be_measured_and_asked(tmp_path, monkeypatch):
     model = tmp_path / "model.doubled"
     model.write_bytes(b"")
     file = RuntimeFile(model, "openvino", (model,))
-    expected = 2 * (IMAGES / np.float32(255)).mean(axis=(2, 3))
-    np.testing.assert_allclose(predict_fresh(file, IMAGES, batch_size=3), expected, rtol=1e-6)
     latency = measure_latency(file, IMAGES, batch_sizes=(1,), num_threads=(1,), min_seconds=0)
     assert latency.facts["num_calls"] > 0
     assert latency.facts["runtime"] == "openvino"

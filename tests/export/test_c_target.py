@@ -16,7 +16,8 @@ pytest.importorskip("emx_onnx_cgen", reason="needs the extra 'c'")
 
 from understudy.errors import InputError, ModelError
 from understudy.export.c_network import CNetwork, generate_network
-from understudy.export.c_project import c_string, make_vector, write_project
+from understudy.export.c_project import make_vector, write_project
+from understudy.export.c_text import c_string
 from understudy.export.target import Artifact, ExportSource, find_target, open_artifact
 from understudy.models.separable import SeparableNet
 

@@ -10,7 +10,6 @@ from package_samples import CLASS_NAMES, Files, contents, onnx_logits
 from PIL import Image
 
 from understudy.errors import InputError, MissingExtraError
-from understudy.package.c_runner import c_string
 from understudy.package.predict import predict_arrays
 from understudy.package.reading import read_package
 from understudy.package.statistics import softmax
@@ -208,11 +207,6 @@ def test_without_c_code_there_is_no_runner(folder_package):
     assert manifest.runners == {"python": "run.py"}
     assert manifest.notes == ["There is no runner in C: no artifact is C code."]
     assert not (folder_package / "run_c").exists()
-
-
-def test_c_string():
-    assert c_string("a b") == '"a b"'
-    assert c_string('"é') == r'"\042\303\251"'
 
 
 def test_it_runs_the_c_target(artifacts, packed, pictures, tmp_path, monkeypatch):

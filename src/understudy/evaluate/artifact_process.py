@@ -1,4 +1,4 @@
-"""Runs one artifact in one fresh process and prints what it took, or what it answered, as JSON.
+"""Runs one artifact in one fresh process and prints what it took as JSON.
 
 Started as a script by ``fresh_process`` and, on a device, by ``remote``. It imports nothing of this
 package: what it measures is what a user of the file has, Python with NumPy and one runtime, which a
@@ -165,29 +165,12 @@ def measure(running: Any, request: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def predict(running: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Write the logits of all images, batch by batch."""
-    import numpy as np
-
-    images_NCHW = np.load(request["images"], mmap_mode="r")
-    size = request["batch_size"]
-    logits = [
-        np.asarray(
-            running(images_NCHW[start : start + size].astype(np.float32) / np.float32(255)),
-            dtype=np.float32,
-        )
-        for start in range(0, len(images_NCHW), size)
-    ]
-    np.save(request["logits"], np.concatenate(logits))
-    return {"peak_memory_bytes": peak_memory_bytes()}
-
-
 def describe(running: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Return nothing but what is told of every opened artifact."""
     return {}
 
 
-ACTIONS = {"describe": describe, "measure": measure, "predict": predict}
+ACTIONS = {"describe": describe, "measure": measure}
 
 
 def plain(value: Any) -> Any:

@@ -90,40 +90,6 @@ def measure_request(
     }
 
 
-def predict_fresh(
-    source: Source,
-    images: ArrayLike,
-    *,
-    batch_size: int = 100,
-    num_threads: int = 1,
-    timeout_seconds: float = 300.0,
-) -> np.ndarray:
-    """Return logits [n, K] that the artifact answers in a process of its own.
-
-    Some runtimes cannot live in one process with PyTorch or with each other.
-
-    Raises:
-        InputError, MissingExtraError, UnderstudyError: as ``run_fresh``.
-    """
-    images_NCHW = np.asarray(images)
-    check_request(source, images_NCHW, batch_size=batch_size, num_threads=num_threads)
-    file = runtime_file(source)
-    with tempfile.TemporaryDirectory(prefix="understudy-") as folder:
-        images_path, logits_path = Path(folder) / "images.npy", Path(folder) / "logits.npy"
-        np.save(images_path, images_NCHW)
-        request = {
-            "mode": "predict",
-            "batch_size": batch_size,
-            "num_threads": num_threads,
-            "images": str(images_path),
-            "logits": str(logits_path),
-        }
-        what = f"running {file.path} on {len(images_NCHW)} images"
-        start_process(file, request, timeout_seconds=timeout_seconds, what=what)
-        logits_NK: np.ndarray = np.load(logits_path)
-    return logits_NK
-
-
 def describe_fresh(source: Source, *, timeout_seconds: float = 300.0) -> dict[str, Any]:
     """Return what an artifact's runtime tells of it once it is open: facts, versions, load_ms."""
     file = runtime_file(source)

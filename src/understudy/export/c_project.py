@@ -19,6 +19,7 @@ from torch import Tensor
 
 from understudy.artifacts import write_text
 from understudy.export.c_network import CNetwork
+from understudy.export.c_text import c_string
 from understudy.export.onnx_run import open_session, run_images
 
 NUM_TEST_IMAGES = 4
@@ -171,14 +172,3 @@ def vector_header(vector: ReferenceVector) -> str:
 def _braces(values: Sequence[str], per_line: int = 24) -> str:
     lines = [", ".join(values[i : i + per_line]) for i in range(0, len(values), per_line)]
     return "{" + ",\n ".join(lines) + "}"
-
-
-def c_string(text: str) -> str:
-    """Return a C string literal of the text in UTF-8.
-
-    All but letters, digits and plain marks become octal escapes of three digits, which, unlike
-    hexadecimal ones, end by themselves.
-    """
-    plain = set((string.ascii_letters + string.digits + " _-.,:;+/()").encode())
-    parts = [chr(byte) if byte in plain else f"\\{byte:03o}" for byte in text.encode()]
-    return f'"{"".join(parts)}"'

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from understudy.artifacts import write_bytes
 from understudy.errors import InputError, ModelError, problem
 from understudy.export.target_names import DEFAULT_OPSET
+from understudy.export.tracing import cannot_export, trace
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
@@ -156,7 +157,7 @@ def build_proto(
             )
         )
     with _quiet_exporter():
-        captured = _capture(model, example)
+        captured = trace(model, example, target="ONNX", any_batch=True)
         proto = _translate(captured, opset, input_name, output_names)
     strip(proto)
     for value in (*proto.graph.input, *proto.graph.output):
@@ -243,34 +244,6 @@ def _check_outputs(model: nn.Module, example_NCHW: Tensor, *, num_classes: int) 
         )
 
 
-def _capture(model: nn.Module, example_NCHW: Tensor) -> torch.export.ExportedProgram:
-    """Trace the model with a dynamic batch; a failure names the layer that was running."""
-    running: list[str] = []
-    hooks = []
-    for name, module in model.named_modules():
-
-        def enter(*_: Any, name: str = name) -> None:
-            running.append(name)
-
-        def leave(*_: Any) -> None:
-            running.pop()
-
-        hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    try:
-        return torch.export.export(
-            model,
-            (example_NCHW,),
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            strict=False,
-        )
-    # Tracing runs the user's code: any exception can come out of it.
-    except Exception as error:
-        raise _export_error(model, running[-1] if running else "", str(error)) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _translate(
     captured: torch.export.ExportedProgram,
     opset: int,
@@ -299,7 +272,7 @@ def _translate(
         )
     except torch.onnx.errors.OnnxExporterError as error:
         reason, layer = _untranslated(captured, error)
-        raise _export_error(None, layer, reason) from error
+        raise cannot_export("ONNX", reason=reason, layer=layer) from error
     assert program is not None  # the exporter returns None only for its old TorchScript path
     return program.model_proto
 
@@ -324,21 +297,6 @@ def _untranslated(captured: torch.export.ExportedProgram, error: BaseException) 
                 name, kind = list(node.meta["nn_module_stack"].values())[-1]
                 return reason, f"{name} ({str(kind).rsplit('.', 1)[-1]})"
     return reason, ""
-
-
-def _export_error(model: nn.Module | None, layer: str, reason: str) -> ModelError:
-    if model is not None and layer:
-        layer = f"{layer} ({type(model.get_submodule(layer)).__name__})"
-    where = f"layer {layer}" if layer else "the model"
-    if "specialized it to be a constant" in reason:
-        reason = "it works only for the batch size that it was traced with"
-    return ModelError(
-        problem(
-            f"{where} cannot be exported to ONNX ({reason.strip().splitlines()[0]})",
-            expected="operators that ONNX knows, no branches on values, any batch size",
-            mend="Replace the layer by one made of standard operators.",
-        )
-    )
 
 
 def strip(proto: onnx.ModelProto) -> None:

@@ -1,4 +1,4 @@
-"""What the targets that do not go through ONNX share: tracing, naming a layer, a clean screen."""
+"""What the targets share: tracing, naming a layer, a clean screen."""
 
 from __future__ import annotations
 
@@ -50,8 +50,12 @@ def trace(
         return torch.export.export(model, (example_NCHW,), dynamic_shapes=batch, strict=False)
     # Tracing runs the user's code: any exception can come out of it.
     except Exception as error:
-        layer = running[-1] if running else ""
-        raise cannot_export(target, reason=str(error), layer=layer) from error
+        layer, reason = "", str(error)
+        if running and running[-1]:
+            layer = f"{running[-1]} ({type(model.get_submodule(running[-1])).__name__})"
+        if "specialized it to be a constant" in reason:
+            reason = "it works only for the batch size that it was traced with"
+        raise cannot_export(target, reason=reason, layer=layer) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
+from understudy.export.c_text import c_string
 from understudy.package.manifest import ArtifactEntry
 
 RUNNER_FOLDER = "run_c"
@@ -42,12 +43,3 @@ def runner_files(
         f"{RUNNER_FOLDER}/package.h": header,
         f"{RUNNER_FOLDER}/Makefile": makefile.replace("@SOURCES@", sources),
     }
-
-
-def c_string(text: str) -> str:
-    """Return text as a C string literal of plain ASCII; other UTF-8 bytes are octal escapes.
-
-    Octal, because it ends after three digits; question marks too, which trigraphs begin with.
-    """
-    plain = {byte for byte in range(0x20, 0x7F) if byte not in (ord('"'), ord("\\"), ord("?"))}
-    return '"' + "".join(chr(b) if b in plain else f"\\{b:03o}" for b in text.encode()) + '"'

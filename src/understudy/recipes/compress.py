@@ -44,7 +44,6 @@ from understudy.recipes.quantize_step import quantize_step
 from understudy.recipes.run import Run
 from understudy.recipes.schema import MeasurementSection
 from understudy.recipes.step_limits import Counted, LimitsVerdict, judge_limits
-from understudy.recipes.train import live_section
 
 
 @dataclass(frozen=True)
@@ -246,7 +245,7 @@ def step_section(run: Run, step: PruneStep | QuantizeStep, gates: Gates) -> dict
         section["largest_weight"] = WEIGHT_MAX
         if step.method == "aware" and recipe.student.flip_average:
             section["learns_from"] = "one way"  # and not from the mean of both, as it once did
-    return section | pictures_section(run, step) | live_section(run)
+    return section | pictures_section(run, step) | run.live_section
 
 
 def pictures_section(run: Run, step: PruneStep | QuantizeStep) -> dict[str, str]:

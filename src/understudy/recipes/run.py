@@ -237,6 +237,13 @@ class Run:
         return bool(self.teachers) and self.recipe.strategy.stored
 
     @property
+    def live_section(self) -> dict[str, Any]:
+        """What the answers of a teacher depend on that is run on every batch; else nothing."""
+        if not self.teaches_first or self.stores_outputs:
+            return {}
+        return {"labelling": {"precision": self.recipe.labelling.precision}}
+
+    @property
     def transforms(self) -> list[dict[str, dict[str, Any]]]:
         """The transforms of the recipe; one without parameters has an empty mapping."""
         return self.recipe.views.spec

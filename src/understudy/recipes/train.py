@@ -126,17 +126,10 @@ def role_section(run: Run, role: str) -> dict[str, Any]:
     if role == "student":
         section |= first_weights(run)
     if role == "student":
-        section |= training_section(run) | live_section(run)
+        section |= training_section(run) | run.live_section
     if role in run.teachers:
         section["teacher"] = run.teachers[role].model_dump(mode="json")
     return section
-
-
-def live_section(run: Run) -> dict[str, Any]:
-    """Return what the answers of a teacher depend on that is run on every batch."""
-    if not run.teaches_first or run.stores_outputs:
-        return {}
-    return {"labelling": {"precision": run.recipe.labelling.precision}}
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:
