@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from understudy.compress import quant_affine, quantize
+from understudy.compress import quantize
 from understudy.compress.quant_affine import (
     activation_scale,
     fake_quantize_activation,
     fake_quantize_weight,
+    largest_weight,
     value_range,
     weight_scales,
 )
@@ -80,14 +81,31 @@ def targets(graph):
 # The arithmetic, against numpy
 
 
-def test_weights_are_rounded_as_the_formula_says():
+@pytest.mark.parametrize("largest", [63, 127])
+def test_weights_are_rounded_as_the_formula_says(largest):
     weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     plain = weight.numpy()
-    scale = np.abs(plain).max(axis=(1, 2, 3), keepdims=True) / np.float32(63)
-    expected = np.clip(np.rint(plain / scale), -63, 63) * scale
-    scales = weight_scales(weight)
+    scale = np.abs(plain).max(axis=(1, 2, 3), keepdims=True) / np.float32(largest)
+    expected = np.clip(np.rint(plain / scale), -largest, largest) * scale
+    scales = weight_scales(weight, largest=largest)
     assert torch.equal(scales, torch.from_numpy(scale.reshape(-1)))
-    np.testing.assert_allclose(fake_quantize_weight(weight, scales), expected, rtol=1e-6, atol=0)
+    rounded = fake_quantize_weight(weight, scales, largest=largest)
+    np.testing.assert_allclose(rounded, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_groups", "largest"),
+    [
+        ((8, 1, 3, 3), 8, 127),
+        ((8, 1, 3, 3), 1, 63),  # one colour: its products are added in pairs
+        ((16, 1, 3, 3), 8, 63),  # two outputs a channel: another kernel in ONNX Runtime
+        ((8, 2, 3, 3), 4, 63),
+        ((1, 1, 3, 3), 1, 63),
+        ((10, 1), 1, 63),
+    ],
+)
+def test_depthwise_weights_alone_take_eight_bits(shape, num_groups, largest):
+    assert largest_weight(shape, num_groups) == largest
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.3, 2.1), (0.4, 3.0), (-2.0, -0.5), (0.0, 0.0)])
@@ -146,9 +164,9 @@ def test_the_range_is_that_of_all_values(memory_format):
 def test_a_dead_channel_does_not_get_a_scale_that_its_bias_overflows():
     weight = torch.randn(4, 8)
     weight[1] = 1e-12
-    scales = weight_scales(weight)
+    scales = weight_scales(weight, largest=63)
     assert scales[1] == scales.max() * 2.0**-12
-    assert (weight_scales(torch.zeros(4, 8)) == 2.0**-24).all()
+    assert (weight_scales(torch.zeros(4, 8), largest=63) == 2.0**-24).all()
 
 
 # The prepared network
@@ -215,6 +233,49 @@ def test_every_weighted_layer_is_int8_and_its_kernel_can_be_fused(family):
             end = next(iter(end.users))
         users = {user.target for user in end.users}
         assert users == {decomposed.quantize_per_tensor.default}
+
+
+def test_the_integers_are_no_larger_than_the_kernels_can_add(family):
+    _, _, prepared = family
+    graph = convert_qat(prepared)
+    for node in graph.graph.nodes:
+        if node.target in (aten.conv2d.default, aten.linear.default):
+            groups = node.args[6] if len(node.args) > 6 else 1
+            integers = getattr(graph, node.args[1].args[0].target)
+            assert integers.int().abs().max() == largest_weight(integers.shape, groups)
+
+
+@pytest.mark.parametrize(
+    ("activation", "lowest", "highest"),
+    [(nn.Hardswish, -3, np.inf), (nn.Hardsigmoid, -3, 3), (nn.LeakyReLU, -np.inf, np.inf)],
+)
+def test_no_step_is_spent_where_an_activation_is_flat(activation, lowest, highest):
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8, momentum=1.0),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(1568, 4),
+    )
+    nn.init.normal_(network[1].weight, 0, 8)
+    images = make_images(64)
+    given = network[:2](images.float() / 255)
+    assert given.min() < -6
+    assert given.max() > 6
+    prepared = prepare_qat(network.eval(), example_NCHW=images)
+    prepared.train()(images)
+    with torch.no_grad(), eval_mode(prepared):
+        graph = convert_qat(prepared)
+    names = ("hardswish", "hardsigmoid", "leaky_relu")
+    (read,) = (
+        node.args[0]
+        for node in graph.graph.nodes
+        if str(node.target).removeprefix("aten.").partition(".")[0].rstrip("_") in names
+    )
+    scale, zero = read.args[1:3]
+    assert scale * (0 - zero) == pytest.approx(max(lowest, given.min().item()), rel=0.2)
+    assert scale * (255 - zero) == pytest.approx(min(highest, given.max().item()), rel=0.2)
 
 
 def test_train_and_eval_really_switch(family):
@@ -523,8 +584,10 @@ def test_training_mends_what_rounding_breaks(digits, tmp_path, monkeypatch):
     quick = {"num_epochs": 12, "optimizer": {"learning_rate": 0.2}, "validate_every_epochs": 12}
     plan = make_plan(digits, tmp_path / "float", **quick)
     model.load_state_dict(train(model, plan, fabric=fabric, progress=lambda *_: None).weights)
-    monkeypatch.setattr(quant_affine, "WEIGHT_MAX", 3)
-    monkeypatch.setattr(quant_affine, "WEIGHT_MIN", -3)
+    from understudy.compress import quant_annotate
+
+    monkeypatch.setattr(quant_annotate, "largest_weight", lambda *_: 3)
+    monkeypatch.setitem(quant_annotate._WEIGHT_SPECS, 3, quant_annotate._weight_spec(3))
     prepared = prepare_qat(model, example_NCHW=digits.images(torch.arange(256)), freeze_after=60)
     plan = make_plan(digits, tmp_path / "aware", num_epochs=10, optimizer={"learning_rate": 0.05})
     before = plan.validate(prepared.eval())["accuracy"]

@@ -123,6 +123,53 @@ def mlp_file(mlp, tmp_path_factory):
     return target.export(source_of(mlp), tmp_path_factory.mktemp("mlp"), precision="int8")
 
 
+@pytest.mark.parametrize("name", ["static", "aware"])
+def test_depthwise_weights_alone_take_eight_bits(name, files):
+    proto = onnx.load(getattr(files, name).path)
+    constants, given = constants_of(proto), {n.output[0]: n for n in proto.graph.node}
+    for node in proto.graph.node:
+        if node.op_type == "Conv" and node.input[1] in given:  # and not in float
+            integers = constants[given[node.input[1]].input[0]].astype(int)
+            groups = {a.name: a.i for a in node.attribute}.get("group", 1)
+            largest = 127 if integers.shape[1] == 1 and groups > 1 else 63
+            assert largest - 1 <= abs(integers).max() <= largest + 1
+
+
+@pytest.mark.parametrize(
+    ("activation", "lowest", "highest"),
+    [("HardSwish", -3, np.inf), ("HardSigmoid", -3, 3), ("Sigmoid", -np.inf, np.inf)],
+)
+def test_no_step_is_spent_where_an_activation_is_flat(activation, lowest, highest):
+    torch.manual_seed(0)
+    layer = {"HardSwish": nn.Hardswish, "HardSigmoid": nn.Hardsigmoid, "Sigmoid": nn.Sigmoid}
+    layers = (
+        nn.Conv2d(3, 8, 3),
+        layer[activation](),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.Linear(1152, 4),
+    )
+    model = nn.Sequential(*layers).eval()
+    model[0].weight.data *= 40
+    images = make_images(32)
+    with torch.no_grad():
+        given = model[:1](images.float() / 255)
+        expected = model(images.float() / 255).numpy()
+    assert given.min() < -6
+    assert given.max() > 6
+    proto = static_int8_proto(model, images, image_shape=SHAPE)
+    constants, producers = constants_of(proto), {n.output[0]: n for n in proto.graph.node}
+    (node,) = [n for n in proto.graph.node if n.op_type == activation]
+    reading = producers[node.input[0]]
+    assert list(producers[reading.input[0]].input[1:]) == list(reading.input[1:])
+    scale, zero = (constants[name].item() for name in reading.input[1:])
+    assert scale * (0 - zero) == pytest.approx(max(lowest, given.min().item()), rel=0.02)
+    assert scale * (255 - zero) == pytest.approx(min(highest, given.max().item()), rel=0.02)
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    (answers,) = session.run(None, {"images": images.float().numpy() / 255})
+    assert np.abs(answers - expected).max() < 0.1 * np.abs(expected).max()
+
+
 def constants_of(proto):
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
 

@@ -7,6 +7,7 @@ Integer-Arithmetic-Only Inference", equation 1): ``value = scale * (q - zero_poi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from understudy.models.native import address, kernels
 # Seven bits of int8, symmetric as TFLite demands. Where a processor has no VNNI instructions, ONNX
 # Runtime and OpenVINO add two products of activation and weight in 16 bits: 2 * 255 * 63 fits,
 # 2 * 255 * 127 does not, and answers are then others than elsewhere.
-WEIGHT_MIN, WEIGHT_MAX = -63, 63
+WEIGHT_MAX = 63
+# Of a depthwise convolution, whose kernels in both runtimes add products in 32 bits everywhere.
+DEPTHWISE_WEIGHT_MAX = 127
 ACTIVATION_MIN, ACTIVATION_MAX = 0, 255
 # A channel whose weights are all (nearly) zero would get a scale so small that its bias, in units
 # of input scale times weight scale, leaves int32. All channels share the scale of their output, so
@@ -27,15 +30,25 @@ _MIN_RELATIVE_SCALE = 2.0**-12
 _MIN_SCALE = 2.0**-24
 
 
-def weight_scales(weight: Tensor, *, channel_axis: int = 0) -> Tensor:
+def largest_weight(shape: Sequence[int], num_groups: int) -> int:
+    """Return the largest integer that a layer's weights are rounded to.
+
+    Args:
+        shape: of the weights, output channels first.
+        num_groups: of the convolution; 1 for a linear layer.
+    """
+    is_depthwise = len(shape) > 2 and shape[1] == 1 and num_groups == shape[0] > 1
+    return DEPTHWISE_WEIGHT_MAX if is_depthwise else WEIGHT_MAX
+
+
+def weight_scales(weight: Tensor, *, largest: int) -> Tensor:
     """Return the scale of each output channel, float32 [channels].
 
     Args:
-        weight: of a convolution or linear layer.
-        channel_axis: axis of the output channels.
+        weight: of a convolution or linear layer, output channels first.
+        largest: integer that the largest weight of a channel becomes.
     """
-    others = [axis for axis in range(weight.dim()) if axis != channel_axis]
-    scales = weight.detach().abs().amax(dim=others).float() / WEIGHT_MAX
+    scales = weight.detach().abs().amax(dim=list(range(1, weight.dim()))).float() / largest
     floor = (scales.max() * _MIN_RELATIVE_SCALE).clamp(min=_MIN_SCALE)
     return torch.maximum(scales, floor)
 
@@ -56,12 +69,10 @@ def activation_scale(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
     return scale, zero_point.to(torch.int32)
 
 
-def fake_quantize_weight(weight: Tensor, scales: Tensor, *, channel_axis: int = 0) -> Tensor:
+def fake_quantize_weight(weight: Tensor, scales: Tensor, *, largest: int) -> Tensor:
     """Return the weight rounded to int8 and back; gradients pass where nothing was clipped."""
     zero_points = torch.zeros_like(scales, dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(
-        weight, scales, zero_points, channel_axis, WEIGHT_MIN, WEIGHT_MAX
-    )
+    return torch.fake_quantize_per_channel_affine(weight, scales, zero_points, 0, -largest, largest)
 
 
 def fake_quantize_activation(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

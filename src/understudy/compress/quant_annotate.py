@@ -10,6 +10,7 @@ Importing this module imports torchao.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,11 +28,12 @@ from torchao.quantization.pt2e.quantizer import (
 from understudy.compress.quant_affine import (
     ACTIVATION_MAX,
     ACTIVATION_MIN,
+    DEPTHWISE_WEIGHT_MAX,
     WEIGHT_MAX,
-    WEIGHT_MIN,
     activation_scale,
     fake_quantize_activation,
     fake_quantize_weight,
+    largest_weight,
     value_range,
     weight_scales,
 )
@@ -75,6 +77,14 @@ _MOVING = (
     aten.permute.default,
     aten.transpose.int,
 )
+# What they make of values beyond these bounds is what they make of the bound.
+_FLAT_BEYOND: dict[Any, tuple[float, float]] = {
+    aten.hardswish.default: (-3.0, math.inf),
+    aten.hardswish_.default: (-3.0, math.inf),
+    aten.hardsigmoid.default: (-3.0, 3.0),
+    aten.hardsigmoid_.default: (-3.0, 3.0),
+}
+_GROUPS = 6  # position of ``groups`` among the arguments of aten's convolutions
 _ANNOTATION = "quantization_annotation"  # torchao's key
 # Share of a new batch in the range of activations; torchao's and Jacob et al.'s order of size.
 _AVERAGING = 0.01
@@ -88,15 +98,15 @@ class WeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     """
 
     dtype, qscheme, ch_axis, is_dynamic = torch.int8, torch.per_channel_symmetric, 0, False
-    quant_min, quant_max = WEIGHT_MIN, WEIGHT_MAX
 
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, *, quant_max: int, **_: Any) -> None:
         super().__init__()
+        self.quant_min, self.quant_max = -quant_max, quant_max
         self.scales = torch.ones(1)
 
     def forward(self, weight: Tensor) -> Tensor:
-        self.scales = weight_scales(weight)
-        return fake_quantize_weight(weight, self.scales)
+        self.scales = weight_scales(weight, largest=self.quant_max)
+        return fake_quantize_weight(weight, self.scales, largest=self.quant_max)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return scales and zero points of the last call's weights."""
@@ -104,15 +114,20 @@ class WeightFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
 
 class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
-    """Rounds activations to uint8 in a range that follows them while ``observing`` is set."""
+    """Rounds activations to uint8 in a range that follows them while ``observing`` is set.
+
+    Args:
+        bounds: values that the range does not go beyond.
+    """
 
     dtype, qscheme, is_dynamic = torch.uint8, torch.per_tensor_affine, False
     quant_min, quant_max = ACTIVATION_MIN, ACTIVATION_MAX
     minimum: Tensor
     maximum: Tensor
 
-    def __init__(self, **_: Any) -> None:
+    def __init__(self, *, bounds: tuple[float, float] = (-math.inf, math.inf), **_: Any) -> None:
         super().__init__()
+        self.bounds = bounds
         self.observing = True
         self.register_buffer("minimum", torch.zeros(()))
         self.register_buffer("maximum", torch.zeros(()))
@@ -126,7 +141,9 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     @torch.no_grad()
     def observe(self, values: Tensor) -> None:
         """Move the range towards that of these values; the first ones set it."""
-        low, high = (bound.to(self.minimum.dtype) for bound in value_range(values))
+        low, high = (
+            extreme.to(self.minimum.dtype).clamp(*self.bounds) for extreme in value_range(values)
+        )
         is_first = (self.minimum == 0) & (self.maximum == 0)
         weight = torch.where(is_first, 1.0, _AVERAGING)
         self.minimum.lerp_(low, weight)
@@ -137,21 +154,30 @@ class ActivationFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         return activation_scale(self.minimum, self.maximum)
 
 
-_INT8_WEIGHT = QuantizationSpec(
-    dtype=torch.int8,
-    observer_or_fake_quant_ctr=WeightFakeQuantize,
-    quant_min=WEIGHT_MIN,
-    quant_max=WEIGHT_MAX,
-    qscheme=torch.per_channel_symmetric,
-    ch_axis=0,
-)
-_UINT8 = QuantizationSpec(
-    dtype=torch.uint8,
-    observer_or_fake_quant_ctr=ActivationFakeQuantize,
-    quant_min=ACTIVATION_MIN,
-    quant_max=ACTIVATION_MAX,
-    qscheme=torch.per_tensor_affine,
-)
+def _weight_spec(largest: int) -> QuantizationSpec:
+    return QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=WeightFakeQuantize,
+        quant_min=-largest,
+        quant_max=largest,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+
+
+def _activation_spec(bounds: tuple[float, float]) -> QuantizationSpec:
+    return QuantizationSpec(
+        dtype=torch.uint8,
+        observer_or_fake_quant_ctr=ActivationFakeQuantize.with_args(bounds=bounds),
+        quant_min=ACTIVATION_MIN,
+        quant_max=ACTIVATION_MAX,
+        qscheme=torch.per_tensor_affine,
+    )
+
+
+_WEIGHT_SPECS = {largest: _weight_spec(largest) for largest in (WEIGHT_MAX, DEPTHWISE_WEIGHT_MAX)}
+_UINT8 = _activation_spec((-math.inf, math.inf))
+_BOUNDED = {bounds: _activation_spec(bounds) for bounds in set(_FLAT_BEYOND.values())}
 
 
 class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
@@ -186,7 +212,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         for node in model.graph.nodes:
             if node in weighted:
                 _annotate_input(node, node.args[0])
-                annotation_of(node).input_qspec_map[node.args[1]] = _INT8_WEIGHT
+                annotation_of(node).input_qspec_map[node.args[1]] = _weights_of(node)
                 if node.target in CONVOLUTIONS or node in leading:
                     quantized.add(_annotate_output(node))
             elif is_inside(node, self.float_layers) or node not in leading:
@@ -249,10 +275,19 @@ def _annotate_input(node: Node, source: Node) -> None:
         annotation_of(node).input_qspec_map[source] = _UINT8
 
 
+def _weights_of(node: Node) -> QuantizationSpec:
+    num_groups = node.args[_GROUPS] if len(node.args) > _GROUPS else 1
+    shape = node.args[1].meta["val"].shape  # type: ignore[union-attr]
+    return _WEIGHT_SPECS[largest_weight(shape, num_groups)]  # type: ignore[arg-type]
+
+
 def _annotate_output(node: Node) -> Node:
     end = chain_end(node)
     annotation_of(node)
-    annotation_of(end).output_qspec = _UINT8
+    # No step of the integers is spent on values that what reads them does not tell apart.
+    bounds = {_FLAT_BEYOND.get(user.target) for user in end.users}
+    (only,) = bounds if len(bounds) == 1 else (None,)
+    annotation_of(end).output_qspec = _UINT8 if only is None else _BOUNDED[only]
     return end
 
 

@@ -151,7 +151,8 @@ def prepare_qat(
 ) -> QatNetwork:
     """Return a trainable copy of ``model`` that rounds its weights and activations to integers.
 
-    Weights: int8 from -63 to 63, a scale for each output channel, as they are in every step.
+    Weights: int8 from -63 to 63, of depthwise convolutions to 127 (``quant_affine`` says why), a
+    scale for each output channel, as they are in every step.
     Activations: uint8, one range each, set by the example images and then a moving average over
     training batches. Train in float32: with bfloat16 the rounding of the arithmetic is coarser than
     that of int8.

@@ -20,6 +20,7 @@ from understudy.compress.quant_affine import (
     activation_scale,
     fake_quantize_activation,
     fake_quantize_weight,
+    largest_weight,
     weight_scales,
 )
 from understudy.errors import InputError, ModelError, problem
@@ -142,7 +143,10 @@ def quantized(layer: nn.Module, minimum: Tensor, maximum: Tensor) -> Iterator[No
         return (fake_quantize_activation(inputs[0], scale, zero_point), *inputs[1:])
 
     hook = layer.register_forward_pre_hook(round_input)
-    weight.data = fake_quantize_weight(original, weight_scales(original))
+    largest = largest_weight(original.shape, getattr(layer, "groups", 1))
+    weight.data = fake_quantize_weight(
+        original, weight_scales(original, largest=largest), largest=largest
+    )
     try:
         yield
     finally:

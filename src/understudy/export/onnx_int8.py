@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -124,6 +125,40 @@ class Int8Graph:
             f"{name}_input", [features.input[0], scale_name, zero_name], axis=1
         )
 
+    def narrow_input(self, node: NodeProto) -> None:
+        """Spend no step of the input's integers on values that the node does not tell apart.
+
+        What a hard swish or hard sigmoid makes of values beyond some bound is what it makes of the
+        bound. Training with int8 arithmetic has narrowed its ranges itself.
+        """
+        given = self.dequantize(node.input[0])
+        before = None if given is None else self.producers.get(given.input[0])
+        if given is None or before is None or self._num_readers(given.output[0]) != 1:
+            return
+        scale, zero_point = (self.array(name) for name in given.input[1:3])
+        if scale is None or zero_point is None or scale.size != 1:
+            return
+        integers = np.iinfo(zero_point.dtype)
+        step, zero = float(scale.reshape(())), int(zero_point.reshape(()))
+        low, high = step * (integers.min - zero), step * (integers.max - zero)
+        lowest, highest = _flat_beyond(node)
+        if (low >= lowest - step and high <= highest + step) or self._num_readers(
+            given.input[0]
+        ) != 1:
+            return
+        low, high = max(low, lowest), min(high, highest)
+        step = (high - low) / (integers.max - integers.min)
+        zero = round(integers.min - low / step)
+        name = f"{node.output[0]}_input"
+        names = [
+            self.add_constant(f"{name}_scale", np.full(scale.shape, step, np.float32)),
+            self.add_constant(f"{name}_zero", np.full(zero_point.shape, zero, zero_point.dtype)),
+        ]
+        before.input[1:], given.input[1:] = names, names
+
+    def _num_readers(self, name: str) -> int:
+        return sum(list(node.input).count(name) for node in self.graph.node)
+
     def sort(self) -> None:
         """Put added nodes before those that read them, and drop what nothing reads."""
         outputs = [value.name for value in self.graph.output]
@@ -154,3 +189,11 @@ class Int8Graph:
         self.graph.ClearField("initializer")
         self.graph.node.extend(nodes)
         self.graph.initializer.extend(kept)
+
+
+def _flat_beyond(node: NodeProto) -> tuple[float, float]:
+    """Return the bounds beyond which a hard swish or hard sigmoid does not change."""
+    if node.op_type == "HardSwish":
+        return -3.0, math.inf
+    slope = {"alpha": 0.2, "beta": 0.5} | {a.name: a.f for a in node.attribute}
+    return -slope["beta"] / slope["alpha"], (1 - slope["beta"]) / slope["alpha"]

@@ -107,6 +107,8 @@ def finish_int8(proto: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type in ("Conv", "Gemm"):
             graph.quantize_bias(node)
             graph.keep_float(node)
+        elif node.op_type in ("HardSwish", "HardSigmoid"):
+            graph.narrow_input(node)
     graph.sort()
     return proto
 
@@ -213,9 +215,24 @@ def _quantize(
                 "CalibPercentile": percentile,
                 # One batch's activations in memory at a time, not those of all images.
                 "CalibStridedMinMax": 1,
+                "TensorQuantOverrides": {
+                    name: [{"axis": 0, "reduce_range": False}] for name in _depthwise_weights(proto)
+                },
             },
         )
         return onnx.load(path)
+
+
+def _depthwise_weights(proto: onnx.ModelProto) -> list[str]:
+    """Return the weights that take all eight bits, as in ``quant_affine.largest_weight``."""
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    names = []
+    for node in proto.graph.node:
+        shape = shapes.get(node.input[1], ()) if node.op_type == "Conv" else ()
+        num_groups = {a.name: a.i for a in node.attribute}.get("group", 1)
+        if len(shape) > 2 and shape[1] == 1 and num_groups == shape[0] > 1:
+            names.append(node.input[1])
+    return names
 
 
 def _require_int8_layers(

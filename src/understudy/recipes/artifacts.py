@@ -51,8 +51,9 @@ MAX_SECONDS_ONE_BY_ONE = 280.0
 FAILURE_NAME = "failure.json"
 # Raised when the same network comes to other int8 files. 1: LiteRT's, TFLM's and ExecuTorch's have
 # the steps of the weights that training learned, and the first two normalise pixels without loss.
-# 2: those two mirror pictures without rounding them again.
-INT8_FILES_VERSION = 2
+# 2: those two mirror pictures without rounding them again. 3: depthwise weights take eight bits,
+# and what a hard swish or hard sigmoid reads has no range beyond what it tells apart.
+INT8_FILES_VERSION = 3
 # What every int8 file depends on besides the network, for the keys of stages that make some.
 INT8_SECTION = {"largest_weight": WEIGHT_MAX, "files": INT8_FILES_VERSION}
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from understudy.artifacts import Record
-from understudy.compress.quant_affine import WEIGHT_MAX
+from understudy.compress.quant_affine import DEPTHWISE_WEIGHT_MAX, WEIGHT_MAX
 from understudy.compress.settings import Gates, PruneStep, QuantizeStep
 from understudy.errors import InputError, MissingExtraError
 from understudy.evaluate.accuracy import evaluate_logits
@@ -242,7 +242,7 @@ def step_section(run: Run, step: PruneStep | QuantizeStep, gates: Gates) -> dict
     if recipe.student.checkpoint is not None and step.training is not None and is_guided(run, step):
         section["label_smoothing"] = recipe.training.label_smoothing
     if isinstance(step, QuantizeStep):
-        section["largest_weight"] = WEIGHT_MAX
+        section["largest_weight"] = {"others": WEIGHT_MAX, "depthwise": DEPTHWISE_WEIGHT_MAX}
         if step.method == "aware" and recipe.student.flip_average:
             section["learns_from"] = "one way"  # and not from the mean of both, as it once did
     return section | pictures_section(run, step) | run.live_section
