@@ -2,6 +2,9 @@
 
 import collections
 import importlib.util
+import os
+import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from torch import nn
 
 from understudy.compress.quantize import convert_qat, float_weights, prepare_qat
 from understudy.errors import InputError, ModelError
+from understudy.export import onnx_quantize
 from understudy.export.onnx_file import file_entries, read_onnx_facts
 from understudy.export.onnx_quantize import (
     CALIBRATION_METHODS,
@@ -133,6 +137,54 @@ def test_depthwise_weights_alone_take_eight_bits(name, files):
             groups = {a.name: a.i for a in node.attribute}.get("group", 1)
             largest = 127 if integers.shape[1] == 1 and groups > 1 else 63
             assert largest - 1 <= abs(integers).max() <= largest + 1
+
+
+EMULATOR = shutil.which("qemu-x86_64-static") or shutil.which("qemu-x86_64")
+ASK = """
+import sys, numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+numpy.save(sys.argv[3], session.run(None, {"images": numpy.load(sys.argv[2])})[0])
+"""
+
+
+def asked_without_vnni(proto, pixels, folder):
+    """Ask ONNX Runtime on an emulated processor with AVX2, where it adds products in pairs."""
+    files = [folder / name for name in ("net.onnx", "pixels.npy", "logits.npy")]
+    files[0].write_bytes(proto.SerializeToString())
+    np.save(files[1], pixels)
+    subprocess.run(
+        [EMULATOR, "-cpu", "Haswell", os.path.realpath(sys.executable), "-c", ASK, *files],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        check=True,
+        timeout=240,
+    )
+    return np.load(files[2])
+
+
+@pytest.mark.skipif(
+    EMULATOR is None or platform.machine() != "x86_64", reason="needs QEMU's qemu-x86_64, on x86-64"
+)
+def test_eight_bits_of_depthwise_weights_overflow_nowhere(tmp_path, monkeypatch):
+    """All weights and pixels at their largest; of a dense layer the same bits do overflow."""
+    layers = nn.Conv2d(3, 16, 3, groups=1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 144, 4)).eval()
+    for layer in (model[0], model[2]):
+        nn.init.ones_(layer.weight)
+    images = make_images(8, seed=1)
+    images[:, :, 4:12] = 255
+    pixels = images.numpy().astype(np.float32) / 255
+    differences = []
+    for depthwise in (None, lambda proto: [proto.graph.node[0].input[1]]):
+        if depthwise is not None:
+            monkeypatch.setattr(onnx_quantize, "_depthwise_weights", depthwise)
+        proto = static_int8_proto(model, images, image_shape=SHAPE)
+        session = onnxruntime.InferenceSession(proto.SerializeToString())
+        (wanted,) = session.run(None, {"images": pixels})
+        error = np.abs(asked_without_vnni(proto, pixels, tmp_path) - wanted).max()
+        differences.append(error / np.abs(wanted).max())
+    assert differences[0] < 1e-5
+    assert differences[1] > 1e-3
 
 
 @pytest.mark.parametrize(
