@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +15,12 @@ from understudy.recipes.files import apply_changes, read_recipe
 from understudy.recipes.schema import Recipe, parse_recipe
 from understudy.recipes.search_space import default_space, student_only
 from understudy.search.space import Space, parse_space
-from understudy.search.study import differences
+from understudy.search.study import HIDDEN, differences, without_password
 
 ASKED_NAME = "asked.yaml"
 DATABASE_NAME = "search.db"
 DEFAULT_TRIALS = 20
 SpaceLike = Mapping[str, Any] | Sequence[str] | str | Path | None
-
-_PASSWORD = re.compile(r"(://[^:/@]*):[^@/]*@")
-_HIDDEN = ":***@"
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,11 @@ class Asked:
     num_trials: int | None = None
     storage: str | None = None
 
+    @property
+    def shown_storage(self) -> str | None:
+        """The URL of the database without its password."""
+        return None if self.storage is None else without_password(self.storage)
+
     def binding(self) -> dict[str, Any]:
         """Return what must be the same for a search to go on."""
         return {
@@ -52,7 +53,7 @@ class Asked:
             "space": self.space.to_json(),
             "objectives": list(self.objectives),
             "sampler": self.sampler,
-            "storage": without_password(self.storage) or f"the {DATABASE_NAME} in its folder",
+            "storage": self.shown_storage or f"the {DATABASE_NAME} in its folder",
             "recipe": identity(self.recipe),
         }
 
@@ -65,7 +66,7 @@ class Asked:
             "sampler": self.sampler,
             "pruner": self.pruner,
             "num_trials": self.num_trials,
-            "storage": without_password(self.storage),
+            "storage": self.shown_storage,
         }
         title = (
             "# What this search was asked for; `understudy search` of the folder goes on with it\n"
@@ -160,7 +161,7 @@ def storage_url(asked: Asked, folder: Path) -> str:
     """
     if asked.storage is None:
         return f"sqlite:///{(folder / DATABASE_NAME).resolve()}"
-    if _HIDDEN in asked.storage:
+    if HIDDEN in asked.storage:
         raise InputError(
             problem(
                 f"the search in {folder} has the storage {asked.storage}",
@@ -175,11 +176,6 @@ def identity(recipe: Recipe) -> str:
     """Return a hash of what decides a trial besides its settings, wherever it lies and runs."""
     names = set(type(recipe).model_fields) - {"name", "device", "measurement"}
     return content_hash(recipe.section(*names))
-
-
-def without_password(storage: str | None) -> str | None:
-    """Return a URL with its password hidden."""
-    return None if storage is None else _PASSWORD.sub(rf"\1{_HIDDEN}", storage)
 
 
 def space_of(given: Mapping[str, Any] | Sequence[str] | str | Path) -> Space:

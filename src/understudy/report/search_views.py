@@ -87,9 +87,10 @@ def importance_parts(results: SearchResults) -> tuple[Part, ...]:
         for path in paths
     )
     caption = (
-        "Share of the objective's variance over the complete trials that a parameter explains "
-        f"(functional ANOVA, Hutter, Hoos and Leyton-Brown 2014), from {len(results.complete)} "
-        "trials: with few, a rough guide."
+        "Share of the objective's variance over the complete trials that a parameter explains by "
+        "itself (functional ANOVA, Hutter, Hoos and Leyton-Brown 2014), from "
+        f"{len(results.complete)} trials: with few, a rough guide. What is left to 100 % is of "
+        "several parameters together."
     )
     titles = ("Parameter", *(TITLES[name] for name in results.importances))
     return (Grid(caption, titles, rows),)

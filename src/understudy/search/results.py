@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,10 +47,12 @@ class SearchResults:
 
     Attributes:
         best: numbers of the trials that no other beats in every objective, the best accuracy
-            first; with one objective a single one.
-        importances: objective to parameter to its share of the objective's variance over the
-            trials (functional ANOVA, Hutter, Hoos and Leyton-Brown 2014), largest first; empty
-            where too few trials are complete.
+            first, or where that is no objective the best in the first one; with one objective a
+            single one.
+        importances: objective to parameter to the share of the objective's variance over the
+            trials that it explains by itself (functional ANOVA, Hutter, Hoos and Leyton-Brown
+            2014), largest first; the rest is of several together. Empty where too few trials are
+            complete.
     """
 
     name: str
@@ -124,12 +127,13 @@ def best_of(rows: Sequence[TrialRow], objectives: Sequence[str]) -> tuple[int, .
     """Return the numbers of the trials that no other one dominates.
 
     One trial dominates another if it is no worse in any objective and better in one; among equal
-    ones, the first counts.
+    ones, the first counts. The best accuracy comes first, whatever objective was named first.
     """
-    signs = [1 if OBJECTIVES[name] == "maximize" else -1 for name in objectives]
+    names = sorted(objectives, key=lambda name: name != "accuracy")
+    signs = [1 if OBJECTIVES[name] == "maximize" else -1 for name in names]
     complete = [row for row in rows if row.state == "complete"]
     scores = [
-        tuple(sign * row.measures[name] for sign, name in zip(signs, objectives, strict=True))
+        tuple(sign * row.measures[name] for sign, name in zip(signs, names, strict=True))
         for row in complete
     ]
     best = sorted(pareto(scores), key=lambda position: scores[position], reverse=True)
@@ -151,12 +155,15 @@ def importances(study: optuna.Study, plan: SearchPlan) -> dict[str, dict[str, fl
         if len(values) < 2 or not varied:
             continue
         try:
-            shares = optuna.importance.get_param_importances(
-                study,
-                evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-                params=varied,
-                target=lambda trial, position=position: trial.values[position],
-            )
+            with warnings.catch_warnings():  # of ``normalize``, experimental since 2022
+                warnings.simplefilter("ignore")
+                shares = optuna.importance.get_param_importances(
+                    study,
+                    evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
+                    params=varied,
+                    target=lambda trial, position=position: trial.values[position],
+                    normalize=False,
+                )
         except RuntimeError:  # its trees explain nothing, as where equal settings took other times
             continue
         found[name] = {path: float(share) for path, share in shares.items()}

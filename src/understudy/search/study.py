@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 import socket
 import uuid
 import warnings
@@ -34,6 +35,8 @@ BINDING_KEY = "made_from"
 # Of a trial: the last epoch reported, whether it was asked to stop, and how often it died where.
 EPOCH_KEY, STOPPED_KEY, DEATHS_KEY = "epoch", "stopped", "deaths"
 MAX_DEATHS = 3
+HIDDEN = ":***@"
+_PASSWORD = re.compile(r"(://[^:/@]*):[^@/]*@")
 TRIALS_NAME, PLACE_NAME = "trials", "place"
 
 
@@ -66,10 +69,10 @@ def open_study(storage: str, name: str, plan: SearchPlan) -> optuna.Study:
         )
     except Exception as error:
         # The driver of the database is the user's choice, and so are its exceptions.
-        line = " ".join(str(error).split())[:300]
+        line = without_password(" ".join(str(error).split()))[:300]
         raise InputError(
             problem(
-                f"the storage {storage} cannot be used ({line})",
+                f"the storage {without_password(storage)} cannot be used ({line})",
                 expected="the URL of a database that SQLAlchemy opens",
                 mend="Correct --storage; without it, a file in the search folder is used.",
             )
@@ -80,7 +83,7 @@ def open_study(storage: str, name: str, plan: SearchPlan) -> optuna.Study:
     elif found != plan.to_json():
         raise InputError(
             problem(
-                f"'{name}' in {storage} is another search: "
+                f"'{name}' in {without_password(storage)} is another search: "
                 f"{'; '.join(differences(found, plan.to_json()))}",
                 expected="the same recipe, space, objectives, sampler and seed, to go on",
                 mend="Give what was given before, or another --out.",
@@ -88,6 +91,11 @@ def open_study(storage: str, name: str, plan: SearchPlan) -> optuna.Study:
         )
     study.pruner = make_pruner(plan)
     return study
+
+
+def without_password(text: str) -> str:
+    """Return a text with the passwords of its URLs hidden."""
+    return _PASSWORD.sub(rf"\1{HIDDEN}", text)
 
 
 def check_bound(study: optuna.Study, made_from: Mapping[str, str]) -> None:
