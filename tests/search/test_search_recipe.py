@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from tiny_run import TINY_RECIPE
 from understudy.artifacts import file_hash
+from understudy.errors import InputError
 from understudy.recipes import job, train
+from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
-from understudy.recipes.search import kept_row, measured
+from understudy.recipes.search import kept_row, known_ingredients, measured
 from understudy.recipes.search_job import open_search
 from understudy.search.plan import Attempt
 from understudy.stages import train_student
@@ -114,6 +116,37 @@ def test_other_weights_of_a_teacher_are_told_before_they_are_taken(
     weights.write_bytes(first.read_bytes())
     again = search(warm, tiny_recipe, tmp_path, *options)
     assert again.code == 0, again.err
+
+
+def test_the_weights_that_an_online_teacher_starts_with_are_bound(tmp_path):
+    values = yaml.safe_load(TINY_RECIPE) | {"strategy": {"name": "online"}, "control": False}
+    values["teacher"] = {"model": {"name": "mlp"}, "checkpoint": str(tmp_path / "w.pt")}
+
+    def ingredients(content):
+        (tmp_path / "w.pt").write_bytes(content)
+        return known_ingredients(Run(parse_recipe(values), tmp_path / "base", tmp_path / "home"))
+
+    first, other = ingredients(b"a"), ingredients(b"b")
+    assert set(first) == {"data", "weights file of the teacher"}
+    assert first["data"] == other["data"]
+    assert first["weights file of the teacher"] != other["weights file of the teacher"]
+    values["teacher"] = {"model": {"name": "mlp"}}
+    assert set(ingredients(b"a")) == {"data"}
+
+
+def test_times_are_not_compared_between_processes_side_by_side(tmp_path):
+    recipe, space = parse_recipe(yaml.safe_load(TINY_RECIPE)), ["seed=1|2"]
+
+    def opened(workers, *objectives):
+        return open_search(
+            recipe, changes=(), space=space, options={"objectives": objectives},
+            out=tmp_path / "s", workers=workers,
+        )  # fmt: skip
+
+    with pytest.raises(InputError, match="2 workers and the objective latency_ms and train_sec"):
+        opened(2, "accuracy", "latency_ms", "train_seconds")
+    assert opened(1, "accuracy", "latency_ms").plan.objectives == ("accuracy", "latency_ms")
+    assert opened(2, "accuracy", "macs").plan.objectives == ("accuracy", "macs")
 
 
 def test_a_killed_training_is_continued_to_the_same_result(warm, tiny_recipe, tmp_path):

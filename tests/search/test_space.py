@@ -8,6 +8,7 @@ from tiny_run import TINY_RECIPE
 from understudy.data.view_spec import TRANSFORM_PARAMETERS, check_spec
 from understudy.data.views import Views
 from understudy.errors import InputError
+from understudy.recipes.files import read_recipe, shipped_recipes
 from understudy.recipes.schema import parse_recipe
 from understudy.recipes.search_space import (
     check_space,
@@ -148,6 +149,47 @@ def test_the_default_space_is_of_what_the_recipe_has():
         "views.strength",
     }
     assert space.parameters["training.optimizer.learning_rate"] == Range(0.002, 0.05, log=True)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_the_default_space_fits_every_shipped_recipe(name, tmp_path):
+    values, _ = read_recipe(name)
+    weights = tmp_path / "weights.pt"
+    weights.touch()
+    for section in (values.get("teacher"), *values.get("strategy", {}).get("teachers", ())):
+        if section is not None and section.get("training") is None:
+            section["checkpoint"] = str(weights)
+    if values.get("strategy", {}).get("name") == "online":
+        values["teacher"]["checkpoint"] = None
+    values["data"]["source"] = values["data"].get("source") or "digits"
+    recipe = parse_recipe(values)
+    space = default_space(recipe)
+    if recipe.strategy.is_chain:
+        return  # refused, whatever the space
+    check_space(recipe.model_dump(mode="json"), space)
+    weighed = "distillation.kl_weight" in space.parameters
+    assert weighed == ("distillation.ce_weight" in space.ties)
+    if name in ("digits", "label_free"):
+        assert weighed == (name == "digits")
+
+
+def test_the_strength_scales_the_transforms_that_another_path_gives():
+    transforms = [[{"pad_crop": {"padding": 2}}]]
+    paths = {"views.strength": [2.0], "views.transforms": transforms}
+    for order in (paths, dict(reversed(paths.items()))):
+        space = parse_space(order)
+        changed = with_settings(tiny_values(), space.grid()[0])
+        assert changed["views"]["transforms"] == [{"pad_crop": {"padding": 4}}]
+
+
+def test_a_student_that_is_not_trained_cannot_be_searched_for(tmp_path):
+    weights = tmp_path / "weights.pt"
+    weights.touch()
+    values = tiny_values() | {"control": False}
+    values["student"] = {"model": {"name": "mlp"}, "checkpoint": str(weights)}
+    values = parse_recipe(values).model_dump(mode="json")
+    with pytest.raises(InputError, match=r"student\.checkpoint, which is not trained"):
+        check_space(values, parse_space(["training.batch_size=16|32"]))
 
 
 def test_the_default_space_of_muon_has_both_learning_rates():

@@ -20,6 +20,7 @@ from understudy.export.onnx_file import export_onnx
 from understudy.models.cost import model_cost
 from understudy.recipes.finetune import PHASE
 from understudy.recipes.networks import trained_model
+from understudy.recipes.peers import first_weights
 from understudy.recipes.rank_probe import finished_teacher
 from understudy.recipes.run import Run
 from understudy.recipes.schema import Recipe, parse_recipe
@@ -81,6 +82,8 @@ def known_ingredients(base: Run) -> dict[str, str]:
         else:  # the recipe is the same: what can differ is the device
             section = role_section(base, role)
             found[f"device of the training of the {role}"] = content_hash(section)
+    for weights in first_weights(base).values():  # of one that is trained with the student
+        found["weights file of the teacher"] = weights
     return found
 
 

@@ -35,7 +35,7 @@ from understudy.recipes.search_asked import (
 )
 from understudy.recipes.search_space import check_space
 from understudy.runtime import num_usable_cores
-from understudy.search.plan import SearchPlan
+from understudy.search.plan import CLOCKED, SearchPlan
 from understudy.search.results import SearchResults
 
 
@@ -77,14 +77,29 @@ def open_search(
         )
     values = asked.recipe.model_dump(mode="json")
     check_space(values, asked.space)
-    if workers < 1:
-        raise InputError(
-            problem(f"{workers} workers", expected="at least 1", mend="Correct --workers.")
-        )
+    check_workers(workers, asked.objectives)
     threads = max(1, num_usable_cores() // workers) if workers > 1 else None
     url = storage_url(asked, folder)
     plan = plan_of(asked)
     return Search(asked, plan, values, folder, home_folder(), url, asked.recipe.name, threads)
+
+
+def check_workers(workers: int, objectives: Sequence[str]) -> None:
+    """Raise InputError where there can be no such processes, or their times do not compare."""
+    if workers < 1:
+        raise InputError(
+            problem(f"{workers} workers", expected="at least 1", mend="Correct --workers.")
+        )
+    clocked = [name for name in objectives if name in CLOCKED]
+    if workers > 1 and clocked:
+        raise InputError(
+            problem(
+                f"{workers} workers and the objective {' and '.join(clocked)}: a time that depends "
+                "on what the others do meanwhile",
+                expected="one process where times are compared",
+                mend="Leave out --workers, or ask for macs or num_params instead.",
+            )
+        )
 
 
 def earlier_search(recipe: Any, out: str | Path | None) -> Asked | None:

@@ -26,8 +26,8 @@ def default_space(recipe: Recipe) -> Space:
     """Return what is worth varying in this recipe where the user names nothing.
 
     Learning rate (Muon: that of matrices too) within a factor of five, the weight between teacher
-    and labels, the temperature, and the strength of the augmentation, as far as the recipe has
-    them.
+    and labels where the student learns from both, the temperature, and the strength of the
+    augmentation, as far as the recipe has them.
     """
     optimizer = recipe.training.optimizer
     names = ["learning_rate", *(["matrix_learning_rate"] if optimizer.name == "muon" else [])]
@@ -38,7 +38,8 @@ def default_space(recipe: Recipe) -> Space:
     }
     distillation = recipe.distillation
     if recipe.strategy.stored or recipe.teacher is not None:
-        if isinstance(distillation.kl_weight, float | int) and distillation.kl_weight > 0:
+        both = distillation.kl_weight != 0 and distillation.ce_weight != 0
+        if both and isinstance(distillation.kl_weight, float | int):
             given["distillation.kl_weight"] = "0..1"
             given["distillation.ce_weight"] = "1 - distillation.kl_weight"
         if isinstance(distillation.temperature, float | int):
@@ -59,13 +60,13 @@ def with_settings(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     if "seed" in settings:
         hold_data(changed)
     for path, value in settings.items():
-        if path == STRENGTH:
-            views = changed["views"]
-            if problems := check_spec(views["transforms"], where="views.transforms"):
-                raise RecipeError(*problems)
-            views["transforms"] = scaled_transforms(views["transforms"], float(value))
-        else:
+        if path != STRENGTH:
             apply_change(changed, f"{path}={yaml_text(value)}")
+    if STRENGTH in settings:  # of the transforms as the other paths have left them
+        views = changed["views"]
+        if problems := check_spec(views["transforms"], where="views.transforms"):
+            raise RecipeError(*problems)
+        views["transforms"] = scaled_transforms(views["transforms"], float(settings[STRENGTH]))
     return changed
 
 
@@ -118,7 +119,7 @@ def check_space(values: Mapping[str, Any], space: Space) -> None:
                 model = recipe.student.model
                 problems += check_model(model.name, model.arguments)
                 problems += check_spec(recipe.views.spec, where=f"{path}={value}: views.transforms")
-                problems += check_strategy(recipe)
+                problems += check_strategy(recipe) + check_trained(recipe)
             except RecipeError as error:
                 problems += error.problems
     if problems:
@@ -140,6 +141,19 @@ def check_strategy(recipe: Recipe) -> list[str]:
             f"a search with strategy {recipe.strategy.name}, whose students are a chain",
             expected="a strategy that trains one student: every trial is one training",
             mend="Search with offline or another strategy, and train the chain with what is found.",
+        )
+    ]
+
+
+def check_trained(recipe: Recipe) -> list[str]:
+    """Return the problem of a student that is taken as it is: no setting changes it."""
+    if recipe.student.checkpoint is None:
+        return []
+    return [
+        problem(
+            "a search with student.checkpoint, which is not trained",
+            expected="a student that every trial trains",
+            mend="Drop student.checkpoint.",
         )
     ]
 

@@ -21,6 +21,8 @@ OBJECTIVES: dict[str, Direction] = {
     "latency_ms": "minimize",
     "train_seconds": "minimize",
 }
+# Of them, those that a clock tells: another process beside changes them.
+CLOCKED = ("latency_ms", "train_seconds")
 SAMPLERS = ("tpe", "grid", "random", "nsga2")
 PRUNERS = ("median", "halving", "hyperband", "none")
 
