@@ -19,7 +19,7 @@ KNOWN = Candidate(
 )  # fmt: skip
 
 
-def digits_run(folder, **budget):
+def digits_run(folder, changes=None, **budget):
     values = {
         "name": "costs",
         "data": {"source": "digits"},
@@ -30,6 +30,7 @@ def digits_run(folder, **budget):
         "budget": budget,
         "device": {"num_threads": 1},
     }
+    values |= changes or {}
     return Run(parse_recipe(values), folder, folder / "home")
 
 
@@ -106,3 +107,36 @@ def test_hours_of_training_are_steps_times_their_time(tmp_path):
     limited = digits_run(tmp_path, train_hours=1.5 * hours)
     assert design_costs.times_fit(limited, KNOWN)
     assert not design_costs.times_fit(limited, slow)
+
+
+FEATURES = {"losses": {"rkd": {}, "dist": {}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({}, ""),
+        ({"distillation": {"losses": {"dist": {}}}}, ""),
+        ({"distillation": FEATURES}, "rkd"),
+        ({"device": {"accelerator": "cuda"}}, "GPU"),
+        ({"device": {"num_processes": 2}}, "2 processes"),
+        ({"training": {"precision": "bfloat16", "compile": True}}, "bfloat16 and no compiled"),
+        ({"strategy": {"name": "mutual"}, "teacher": None}, "strategy mutual"),
+        ({"labelling": {"live": True}}, "teacher that answers live"),
+    ],
+)
+def test_hours_are_a_limit_only_where_the_measured_step_is_that_of_the_training(
+    tmp_path, changes, missing
+):
+    run = digits_run(tmp_path, changes, train_hours=1e-9)
+    assert design_costs.untimed(run).startswith(missing)
+    assert bool(design_costs.untimed(run)) == bool(missing)
+    assert design_costs.times_fit(run, KNOWN) == bool(missing)
+
+
+def test_a_candidate_is_normalised_as_the_recipes_student(tmp_path):
+    student = {"model": {"name": "mlp", "normalization": {"mean": [0.5], "std": [0.25]}}}
+    run = digits_run(tmp_path, {"student": student})
+    other = design_costs.with_student(run, "separable", SEPARABLE).recipe.student.model
+    assert (other.name, other.arguments) == ("separable", SEPARABLE)
+    assert other.normalization.mean == (0.5,)

@@ -2,17 +2,23 @@
 
 import json
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from tiny_run import TINY_RECIPE
-from understudy.errors import InputError
+from understudy.errors import InputError, ModelError, TrainingError
 from understudy.models.build import build_network
+from understudy.recipes import design as recipes_design
 from understudy.recipes.design import CANDIDATES_NAME, DesignPlan, fitting_candidates
+from understudy.recipes.design_costs import Candidate
 from understudy.recipes.design_job import open_design
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
+from understudy.report.design_views import design_document, how
+from understudy.search.halving import Rung
 
 OPTIONS = ("--budget", "num_params=2500", "--candidates", "4", "--epochs", "1", "--epochs", "2")
 
@@ -113,6 +119,112 @@ def test_a_search_that_is_killed_while_it_draws_goes_on_after_its_last_candidate
     assert [(c.number, c.arguments) for c in broken] == [(c.number, c.arguments) for c in whole]
     assert json.loads(path.read_text())["complete"]
     assert fitting_candidates(run("broken"), plan) == broken
+
+
+def untaught(folder, **changes):
+    """Return a run without a teacher, of which no training is needed before its candidates'."""
+    values = yaml.safe_load(TINY_RECIPE) | {"control": False, "teacher": None}
+    values |= {"strategy": {"name": "ema_teacher"}, "budget": {"num_params": 2500}}
+    return Run(parse_recipe(values | changes), folder / "d", folder / "home")
+
+
+def quickly_timed(run, candidate, folder):
+    return replace(candidate, latency_ms=1.0, step_ms=1.0, model_size_bytes=9)
+
+
+FOUR = DesignPlan(families=("separable",), num_candidates=4, epochs=(1, 2))
+
+
+def test_a_network_that_cannot_be_measured_or_trained_leaves_the_others(tmp_path, monkeypatch):
+    numbers = []
+
+    def timed(run, candidate, folder):
+        numbers.append(candidate.number)
+        (folder / "left.onnx").touch()
+        if len(numbers) == 2:
+            raise ModelError("no file")
+        return quickly_timed(run, candidate, folder)
+
+    def train_student(run):
+        number = int(run.recipe.name.removeprefix("candidate-"))
+        if number in (numbers[0], *failing):
+            raise TrainingError(f"{number}: the loss is not finite")
+        return SimpleNamespace(payload={"rows": [{"validation_accuracy": 1 / number}]})
+
+    failing = []
+    monkeypatch.setattr(recipes_design, "timed", timed)
+    run = untaught(tmp_path)
+    found = recipes_design.design(run, FOUR, train_student)
+    assert [item.number for item in found.candidates] == [numbers[0], *numbers[2:]]
+    assert {score.candidate for score in found.scores} == set(numbers[2:])
+    assert found.scores[0].candidate == numbers[2]
+    assert found.failed == {numbers[0]: f"{numbers[0]}: the loss is not finite"}
+    assert not list(run.folder.rglob("*.onnx"))
+    page = design_document(found, facts=())
+    assert f"The training failed of {numbers[0]}:" in str(page)
+    failing += numbers
+    with pytest.raises(TrainingError, match="the loss is not finite"):
+        recipes_design.design(run, FOUR, train_student)
+
+
+def test_candidates_are_measured_again_with_other_threads(tmp_path, monkeypatch):
+    calls = []
+
+    def timed(run, candidate, folder):
+        calls.append(candidate.number)
+        return quickly_timed(run, candidate, folder)
+
+    monkeypatch.setattr(recipes_design, "timed", timed)
+    first = fitting_candidates(untaught(tmp_path), FOUR)
+    assert fitting_candidates(untaught(tmp_path), FOUR) == first
+    assert len(calls) == 4
+    fitting_candidates(untaught(tmp_path, device={"num_threads": 2}), FOUR)
+    assert len(calls) == 8
+
+
+def test_all_drawn_networks_are_counted_where_too_few_keep_the_budget(tmp_path, monkeypatch):
+    def timed(run, candidate, folder):
+        calls.append(candidate.number)
+        return replace(quickly_timed(run, candidate, folder), latency_ms=len(calls))
+
+    calls = []
+    monkeypatch.setattr(recipes_design, "timed", timed)
+    budget = {"num_params": 2500, "latency_ms": {"at_most": 2}}
+    run = untaught(tmp_path, budget=budget)
+    found = fitting_candidates(run, FOUR)
+    assert [item.number for item in found] == calls[:1]
+    assert len(calls) == recipes_design.TIMED_A_CANDIDATE * 4
+    told = json.loads((run.folder / CANDIDATES_NAME).read_text())
+    assert told["num_drawn"] == calls[-1]
+
+
+def test_the_best_recipe_keeps_what_candidates_are_trained_without(tmp_path):
+    values = yaml.safe_load(TINY_RECIPE)
+    values["heads"] = {"parity": {"label_column": "parity"}}
+    values["student"]["model"]["normalization"] = {"mean": [0.5], "std": [0.25]}
+    run = open_design(
+        values, budget=["num_params=2500"], device=None, changes=(), out=tmp_path / "d"
+    )
+    assert not run.recipe.control
+    best = Candidate(7, "separable", {"stages": [[8, 1]]}, 900, 900, 900)
+    kept = yaml.safe_load(recipes_design.best_recipe(run, best))
+    assert kept["control"] is True
+    assert kept["heads"] == parse_recipe(values).model_dump(mode="json")["heads"]
+    model = kept["student"]["model"]
+    assert (model["name"], model["arguments"]) == ("separable", {"stages": [[8, 1]]})
+    assert model["normalization"] == {"mean": [0.5], "std": [0.25]}
+    made = recipes_design.training_run(
+        run, run.recipe.model_dump(mode="json"), best, Rung(num_candidates=1, num_epochs=1)
+    )
+    assert made.recipe.student.model.normalization == run.recipe.student.model.normalization
+    assert made.recipe.control is False
+
+
+@pytest.mark.parametrize(("budget", "told"), [({"num_params": 9}, True), ({"macs": 9}, False)])
+def test_the_page_tells_the_share_of_the_parameters_where_they_are_limited(budget, told):
+    plan = {"families": ["resnet"], "fill": 0.5, "epochs": [1], "factor": 3}
+    design = SimpleNamespace(plan=plan, budget=budget, candidates=[], num_drawn=5)
+    assert ("of its parameters used" in how(design)) == told
 
 
 def test_a_limit_on_time_that_nothing_keeps_is_told_after_a_few_measurements(

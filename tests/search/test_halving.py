@@ -43,6 +43,18 @@ def test_of_equal_candidates_the_earlier_goes_on():
     assert scores[0].candidate == 3
 
 
+def test_a_candidate_whose_training_fails_is_out_and_the_others_go_on():
+    quality = {5: 0.9, 6: 0.8, 7: 0.7, 8: 0.6}
+
+    def train(candidate, rung):
+        fails = candidate == 6 or (candidate == 5 and rung.num_epochs > 1)
+        return None if fails else quality[candidate]
+
+    scores = halve([5, 6, 7, 8], plan_rungs(4, epochs=(1, 2), factor=2), train)
+    assert [(s.candidate, s.rung) for s in scores] == [(7, 1), (8, 0)]
+    assert halve([5, 6], plan_rungs(2, epochs=(1, 2)), lambda *_: None) == []
+
+
 def test_a_front_is_what_comparing_all_pairs_gives():
     points = [(x, (7 * x) % 5) for x in range(10)] + [(9, 3)]
     slow = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from understudy.artifacts import Record, content_hash, write_json, write_text
-from understudy.errors import InputError, problem
+from understudy.errors import InputError, UnderstudyError, problem
 from understudy.evaluate.budget import Budget
 from understudy.progress import log, shown_progress
 from understudy.recipes.chain_proposal import LARGEST_STEP
@@ -31,6 +32,7 @@ from understudy.recipes.design_costs import (
     timed,
     times_fit,
     train_hours,
+    untimed,
 )
 from understudy.recipes.job import start
 from understudy.recipes.networks import build_model, is_onnx
@@ -97,6 +99,8 @@ class Design:
         scores: the last round of each trained candidate, the best first.
         front: positions in ``scores``, among those of the last round, that no other one beats in
             accuracy, parameters, latency and activation memory together.
+        failed: candidate to why its training failed; it has no score.
+        num_drawn: networks, whether or not they keep the budget.
         gap: what the distance between teacher and best student advises.
     """
 
@@ -108,6 +112,7 @@ class Design:
     front: tuple[int, ...]
     hours: dict[int, float]
     num_drawn: int
+    failed: dict[int, str]
     gap: str
     folder: str
     test_was_read: bool = False
@@ -125,20 +130,30 @@ def design(run: Run, plan: DesignPlan, train_student: TrainStudent) -> Design:
 
     Raises:
         InputError: nothing that was drawn fits the budget.
+        UnderstudyError: the training of every candidate failed; that of the last one.
     """
     candidates = fitting_candidates(run, plan)
     rungs = plan_rungs(len(candidates), epochs=plan.epochs, factor=plan.factor)
     by_number = {item.number: item for item in candidates}
     values = student_only(with_finished_teachers(run))
 
-    def accuracy(number: int, rung: Rung) -> float:
+    failed: dict[int, UnderstudyError] = {}
+
+    def accuracy(number: int, rung: Rung) -> float | None:
         made = training_run(run, values, by_number[number], rung)
         take_teachers(made, run)
-        record = train_student(made)
+        try:
+            record = train_student(made)
+        except UnderstudyError as error:  # of this network: the others may do better
+            log.warning("candidate %d is left out, its training failed: %s", number, error)
+            failed[number] = error
+            return None
         found: float = record.payload["rows"][-1]["validation_accuracy"]
         return found
 
     scores = halve([item.number for item in candidates], rungs, accuracy)
+    if not scores:
+        raise list(failed.values())[-1]
     best = by_number[scores[0].candidate]
     result = Design(
         name=run.recipe.name,
@@ -148,7 +163,8 @@ def design(run: Run, plan: DesignPlan, train_student: TrainStudent) -> Design:
         scores=tuple(scores),
         front=front_of(scores, by_number),
         hours={item.number: train_hours(run, item) for item in candidates},
-        num_drawn=candidates[-1].number,
+        num_drawn=json.loads((run.folder / CANDIDATES_NAME).read_text())["num_drawn"],
+        failed={number: str(error) for number, error in failed.items()},
         gap=gap_note(run, best),
         folder=str(run.folder),
     )
@@ -167,45 +183,51 @@ def fitting_candidates(run: Run, plan: DesignPlan) -> list[Candidate]:
     sections = run.recipe.section("seed", "data", "budget", "training")
     sections["fingerprint"] = run.source.fingerprint
     sections["flip_average"] = run.recipe.student.flip_average  # which costs multiply-adds
+    sections["device"] = [run.num_threads, run.recipe.device.accelerator]  # which times depend on
     key = content_hash([asdict(plan) | {"epochs": None}, sections])
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"key": None}
     goes_on = kept["key"] == key
     found = [Candidate(**values) for values in kept["candidates"]] if goes_on else []
 
-    def keep(*, complete: bool) -> None:
-        rows = [item.to_json() for item in found]
-        write_json(path, {"key": key, "complete": complete, "candidates": rows})
+    def keep(num_drawn: int, *, complete: bool) -> None:
+        told = {"key": key, "complete": complete, "num_drawn": num_drawn}
+        write_json(path, told | {"candidates": [item.to_json() for item in found]})
 
     if not goes_on or not kept["complete"]:
-        for candidate in draw_candidates(run, plan, tuple(found)):
-            found.append(candidate)
-            keep(complete=False)
+        num_drawn = 0
+        for num_drawn, candidate in draw_candidates(run, plan, tuple(found)):
+            if candidate is not None:
+                found.append(candidate)
+                keep(num_drawn, complete=False)
         if not found:
             raise nothing_fits(run, plan)
-        keep(complete=True)
+        keep(num_drawn, complete=True)
     if len(found) < plan.num_candidates:
         log.warning("only %d drawn networks fit the budget", len(found))
     return found
 
 
-def draw_candidates(run: Run, plan: DesignPlan, found: Sequence[Candidate]) -> Iterator[Candidate]:
-    """Draw networks and yield those that fit, until there are enough with those found before.
+def draw_candidates(
+    run: Run, plan: DesignPlan, found: Sequence[Candidate]
+) -> Iterator[tuple[int, Candidate | None]]:
+    """Draw networks until enough fit, with those found before; yield each number and candidate.
 
-    A candidate's number is that of its draw, so drawing goes on after the last one.
+    A candidate's number is that of its draw, so drawing goes on after the last one. The last item
+    has no candidate: its number is how many were drawn.
     """
     budget = run.recipe.budget
-    if budget.energy_mj is not None:
-        log.warning("budget.energy_mj is not measured here; `understudy release` checks it")
+    warn_of_limits(run)
     least = plan.fill * (budget.num_params or 0)
     seen = {content_hash([item.name, item.arguments]) for item in found}
-    start = found[-1].number if found else 0
+    number = start = found[-1].number if found else 0
     num_found, num_timed = len(found), 0
     drawn = itertools.islice(enumerate(architectures(run, plan), start=1), start, None)
+    most_timed = TIMED_A_CANDIDATE * plan.num_candidates
     with shown_progress("candidates") as progress:
-        for number, (name, arguments) in drawn:
-            done = num_found == plan.num_candidates
-            if done or num_timed == TIMED_A_CANDIDATE * plan.num_candidates:
-                return
+        for draw, (name, arguments) in drawn:
+            if num_found == plan.num_candidates or num_timed == most_timed:
+                break
+            number = draw
             if (key := content_hash([name, arguments])) in seen:
                 continue
             seen.add(key)
@@ -215,12 +237,37 @@ def draw_candidates(run: Run, plan: DesignPlan, found: Sequence[Candidate]) -> I
             candidate = counted(run, number, name, arguments)
             if not counts_fit(candidate, budget):
                 continue
-            candidate = timed(run, candidate, run.folder)
             num_timed += 1
-            if times_fit(run, candidate):
+            if (measured := timed_if_it_runs(run, candidate)) and times_fit(run, measured):
                 num_found += 1
                 progress(num_found, plan.num_candidates, f"{number} drawn")
-                yield candidate
+                yield number, measured
+    yield number, None
+
+
+def warn_of_limits(run: Run) -> None:
+    """Say which limits of the budget candidates are not held to."""
+    budget = run.recipe.budget
+    if budget.energy_mj is not None:
+        log.warning("budget.energy_mj is not measured here; `understudy release` checks it")
+    if budget.train_hours is not None and (reason := untimed(run)):
+        log.warning(
+            "budget.train_hours is not checked here, as the step that is measured has no %s; "
+            "`understudy distill` checks it",
+            reason,
+        )
+
+
+def timed_if_it_runs(run: Run, candidate: Candidate) -> Candidate | None:
+    """Return the candidate with its times; None where its file cannot be made or measured."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    # What a killed process leaves has a name by which it is cleared.
+    with tempfile.TemporaryDirectory(".part", ".candidate.", run.folder) as folder:
+        try:
+            return timed(run, candidate, Path(folder))
+        except UnderstudyError as error:
+            log.warning("candidate %d cannot be measured: %s", candidate.number, error)
+            return None
 
 
 def architectures(run: Run, plan: DesignPlan) -> Iterator[Architecture]:
@@ -263,7 +310,8 @@ def training_run(run: Run, values: dict[str, Any], candidate: Candidate, rung: R
     changed = values | {
         "name": f"candidate-{candidate.number:04d}",
         "student": {
-            "model": {"name": candidate.name, "arguments": candidate.arguments},
+            "model": values["student"]["model"]
+            | {"name": candidate.name, "arguments": candidate.arguments},
             "flip_average": run.recipe.student.flip_average,
         },
         "views": values["views"]
@@ -327,8 +375,8 @@ def gap_note(run: Run, best: Candidate) -> str:
 
 def best_recipe(run: Run, best: Candidate) -> str:
     """Return the YAML of the recipe with the best candidate as its student."""
-    values = run.recipe.model_dump(mode="json")
-    values["student"]["model"] = {"name": best.name, "arguments": best.arguments}
+    values = run.asked.model_dump(mode="json")
+    values["student"]["model"] |= {"name": best.name, "arguments": best.arguments}
     values["name"] = f"{run.recipe.name}-best"
     recipe = parse_recipe(values).model_dump(mode="json")
     title = f"# {run.recipe.name}: the student that a design search on validation data found\n"

@@ -65,7 +65,7 @@ def open_design(
         )
     if problems := check_strategy(checked) + check_fixed_student(checked):
         raise InputError(*problems)
-    checked = parse_recipe(student_only(checked.model_dump(mode="json")))
+    alone = parse_recipe(student_only(checked.model_dump(mode="json")))
     folder = design_folder(checked.name, out)
     if (folder / RECIPE_NAME).exists() and not (folder / TRAININGS_NAME).is_dir():
         raise InputError(
@@ -75,7 +75,7 @@ def open_design(
                 mend="Name another one with --out.",
             )
         )
-    run = Run(checked, folder, home_folder())
+    run = Run(alone, folder, home_folder(), derived_from=checked)
     check_recipe(run)
     return run
 

@@ -28,6 +28,8 @@ def design_document(design: Any, *, facts: tuple[str, ...]) -> Document:
     front = set(design.front)
     best_rows = tuple(row(design, score) for k, score in enumerate(design.scores) if k in front)
     note = "Accuracies of different numbers of epochs do not compare; the test split was not read."
+    if design.failed:
+        note += f" The training failed of {', '.join(map(str, design.failed))}: see design.json."
     networks = tuple(
         (str(item.number), item.name, ", ".join(f"{k}={v}" for k, v in item.arguments.items()))
         for item in design.candidates
@@ -78,14 +80,16 @@ def how(design: Any) -> str:
     """Return how candidates were found and compared."""
     plan = design.plan
     limits = ", ".join(f"{name} {value}" for name, value in design.budget.items() if value)
+    if design.budget.get("num_params"):
+        limits += f"; at least {percent(plan['fill'], 0)} of its parameters used"
     return (
         f"{count(design.num_drawn)} networks of the families {', '.join(plan['families'])} were "
-        f"drawn until {len(design.candidates)} kept the budget ({limits}; at least "
-        f"{percent(plan['fill'], 0)} of its parameters used). Rounds of "
+        f"drawn until {len(design.candidates)} kept the budget ({limits}). Rounds of "
         f"{', '.join(map(str, plan['epochs']))} epochs, each a whole short schedule with the "
         f"teacher's stored outputs; every round keeps one in {plan['factor']}. Activations: peak "
         "of float32 tensors for one picture. Latency: exported with first weights, in ONNX "
-        "Runtime. Whole training: the recipe's epochs at the measured time of a step."
+        "Runtime. Whole training: the recipe's epochs at the measured time of a step, which is "
+        "the student's alone with cross-entropy, in float32 on this machine's processor."
     )
 
 

@@ -50,19 +50,24 @@ def plan_rungs(num_candidates: int, *, epochs: Sequence[int], factor: int = 3) -
 
 
 def halve(
-    candidates: Sequence[int], rungs: Sequence[Rung], train: Callable[[int, Rung], float]
+    candidates: Sequence[int], rungs: Sequence[Rung], train: Callable[[int, Rung], float | None]
 ) -> list[Score]:
     """Train candidates in rounds, the best going on; return the last score of each, best first.
 
     Args:
         candidates: their numbers; of equally good ones the earlier goes on.
-        train: candidate and round to accuracy on the validation split.
+        train: candidate and round to accuracy on the validation split; None: the training failed,
+            and the candidate has no score.
     """
-    alive, last = list(candidates), {}
+    alive, last = list(candidates), dict[int, Score]()
     for number, rung in enumerate(rungs):
-        alive = alive[: rung.num_candidates]
-        for candidate in alive:
-            last[candidate] = Score(candidate, number, train(candidate, rung))
+        for candidate in alive[: rung.num_candidates]:
+            accuracy = train(candidate, rung)
+            if accuracy is None:
+                last.pop(candidate, None)
+            else:
+                last[candidate] = Score(candidate, number, accuracy)
+        alive = [candidate for candidate in alive[: rung.num_candidates] if candidate in last]
         alive.sort(key=lambda candidate: -last[candidate].accuracy)
     return sorted(last.values(), key=lambda score: (-score.rung, -score.accuracy))
 
