@@ -26,6 +26,7 @@ from understudy.lab.timings import gpu_of
 from understudy.recipes.schema import parse_recipe
 from understudy.report.document import Grid, document_html, document_markdown
 from understudy.report.formats import plain
+from understudy.train.training import Training
 
 
 def test_the_networks_have_the_parameters_of_table_5():
@@ -81,6 +82,29 @@ def test_a_longer_training_goes_on_from_a_shorter_one_to_the_same_bits(tmp_path,
     assert len(trainings.seconds(long)) == 5
     with pytest.raises(InputError, match="was trained for 5 epochs, and 3 are asked for"):
         trainings.on_labels(constant(3), tmp_path / "pieces")
+
+
+@pytest.mark.parametrize("num_epochs", [3, 5])
+def test_an_unfinished_training_goes_on_to_other_epochs(tmp_path, monkeypatch, num_epochs):
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(tmp_path / "home"))
+    end_epoch, ended = Training.end_epoch, []
+
+    def end_and_stop(training):
+        end_epoch(training)
+        ended.append(training.at.epoch)
+        if len(ended) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "end_epoch", end_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainings.on_labels(constant(4), tmp_path / "pieces")
+    assert trainings.num_epochs_begun(tmp_path / "pieces" / "teacher") == 3
+    with pytest.raises(InputError, match="was trained for 3 epochs, and 2 are asked for"):
+        trainings.on_labels(constant(2), tmp_path / "pieces")
+    other = trainings.on_labels(constant(num_epochs), tmp_path / "pieces")
+    assert ended == list(range(1, num_epochs + 1))
+    whole = trainings.on_labels(constant(num_epochs), tmp_path / "whole")
+    assert other.hash == whole.hash
 
 
 def test_a_student_goes_on_only_with_the_same_teacher(tmp_path, monkeypatch):

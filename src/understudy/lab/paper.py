@@ -210,13 +210,13 @@ def dropout(lab: Lab) -> dict[str, Any]:
 
 
 def longest(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the recipe for as many epochs as its folder has at least."""
+    """Return the recipe for as many epochs as its folder has, or has begun, at least."""
     try:
-        done = len(Record.load(folder / "teacher").payload["rows"])
+        least = trainings.num_epochs_begun(folder / "teacher")
     except InputError:
         return recipe
     training = recipe["teacher"]["training"]
-    training["num_epochs"] = max(done, training["num_epochs"])
+    training["num_epochs"] = max(least, training["num_epochs"])
     return recipe
 
 

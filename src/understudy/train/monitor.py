@@ -8,6 +8,8 @@ from typing import Any
 
 from understudy.artifacts import write_text
 
+METRICS_NAME = "metrics.jsonl"
+
 
 class MetricsLog:
     """Writes one row an epoch to ``metrics.jsonl`` and to TensorBoard event files.
@@ -17,7 +19,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, rows: list[dict[str, Any]]) -> None:
-        self._folder, self._path = folder, folder / "metrics.jsonl"
+        self._folder, self._path = folder, folder / METRICS_NAME
         self._begin(rows)
 
     def _begin(self, rows: list[dict[str, Any]]) -> None:
