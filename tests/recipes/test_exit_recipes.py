@@ -17,11 +17,14 @@ from understudy.evaluate.exit_policy import ExitPolicy, apply_policy, confidence
 from understudy.export.exits import run_choice
 from understudy.export.onnx_run import open_session, run_images
 from understudy.recipes.check import check_recipe
-from understudy.recipes.exit_training import trained_exits
+from understudy.recipes.exit_training import trained_exits, with_exits
 from understudy.recipes.exits import all_exit_logits
 from understudy.recipes.files import shipped_recipe
+from understudy.recipes.networks import build_model
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
+from understudy.train.objective import LabelObjective
+from understudy.train.plan import TrainPlan
 
 SHRUNK = (
     "training.num_epochs=3",
@@ -207,6 +210,17 @@ def test_bad_exits_are_told_before_anything_runs(tmp_path):
     compiled = {**yaml.safe_load(TINY_RECIPE)["training"], "compile": True}
     with pytest.raises(RecipeError, match=r"compile together with strategy\.hint_weight"):
         checked(tmp_path, strategy=own, teacher=None, training=compiled)
+
+
+def test_side_heads_smooth_labels_as_the_training_that_they_are_in(tmp_path):
+    values = yaml.safe_load(TINY_RECIPE) | {"exits": {"layers": ["layers.1"]}}
+    values["training"]["label_smoothing"] = 0.2
+    run = Run(parse_recipe(values), tmp_path, tmp_path)
+    for smoothing in (0.2, 0.05):  # of the recipe's training, and of finetuning
+        settings = run.recipe.training.model_copy(update={"label_smoothing": smoothing})
+        plan = TrainPlan(None, LabelObjective(smoothing), settings, None, tmp_path)
+        _, found = with_exits(run, "student", build_model(run, "student"), plan)
+        assert found.objective.label_smoothing == smoothing
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,9 @@ def with_exits(
     network = build_exits(run, model)
     if before is not None:
         network.heads.load_state_dict(load_file(before / EXITS_NAME))
-    objective = exit_objective(run, network, plan.objective)
+    objective = exit_objective(
+        run, network, plan.objective, label_smoothing=plan.settings.label_smoothing
+    )
     return network, dataclasses.replace(plan, objective=objective)
 
 
@@ -76,10 +78,11 @@ def build_exits(run: Run, model: nn.Module) -> ExitNetwork:
     )
 
 
-def exit_objective(run: Run, network: ExitNetwork, last: Objective) -> ExitObjective:
+def exit_objective(
+    run: Run, network: ExitNetwork, last: Objective, *, label_smoothing: float
+) -> ExitObjective:
     """Return the losses of the side heads around those of the last exit."""
     recipe, strategy = run.recipe, run.recipe.strategy
-    smoothing = recipe.training.label_smoothing
     if isinstance(strategy, DeepToShallow):
         guidance = ExitGuidance(
             ce_weight=1 - strategy.guidance_weight,
@@ -90,7 +93,7 @@ def exit_objective(run: Run, network: ExitNetwork, last: Objective) -> ExitObjec
         return ExitObjective(
             last,
             guidance,
-            label_smoothing=smoothing,
+            label_smoothing=label_smoothing,
             hint=None if strategy.hint_weight == 0 else exit_hint(run, network),
             hint_weight=strategy.hint_weight,
         )
@@ -99,7 +102,7 @@ def exit_objective(run: Run, network: ExitNetwork, last: Objective) -> ExitObjec
         last,
         recipe.exits.guidance,
         temperature=recipe.distillation.temperature,
-        label_smoothing=smoothing,
+        label_smoothing=label_smoothing,
         teacher_share=recipe.distillation.teacher_share,
     )
 
