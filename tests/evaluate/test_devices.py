@@ -93,6 +93,13 @@ power: {watts: 3}
             parse_device(text, origin="board")
 
 
+def test_a_wrong_key_of_a_limit_lists_the_keys_of_that_limit():
+    wrong = PROFILE.replace("at_most: 5", "at_most: 5, thread: 4")
+    expected = r"`limits.latency_ms.thread`.*'threads'\?.*one of batch, threads"
+    with pytest.raises(InputError, match=expected):
+        parse_device(wrong, origin="board")
+
+
 def test_what_this_machine_measures_is_not_taken_for_the_devices():
     facts = BudgetFacts(
         model_size_bytes=900,

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from understudy.errors import InputError, problem
-from understudy.evaluate.budget import Budget, BudgetFacts
+from understudy.evaluate.budget import Budget, BudgetFacts, LatencyLimit
 from understudy.export.target_names import TARGETS
 from understudy.models.catalog import nearest
 from understudy.settings import MAX_THREADS, Section
@@ -146,8 +146,9 @@ def parse_device(text: str, *, origin: str) -> Device:
 def _sentence(item: Any, origin: str) -> str:
     key = ".".join(str(part) for part in item["loc"]) or "the profile"
     section: Any = Device
+    inner = {"limits": Budget, "latency_ms": LatencyLimit, "power": Power, "clock": Clock}
     for part in item["loc"][:-1]:
-        section = {"limits": Budget, "power": Power, "clock": Clock}.get(str(part), section)
+        section = inner.get(str(part), section)
     known = list(section.model_fields)
     if item["type"] == "extra_forbidden":
         given = f"{origin}: unknown key `{key}`{nearest(str(item['loc'][-1]), known)}"
