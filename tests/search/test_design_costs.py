@@ -55,14 +55,21 @@ def test_counts_are_what_hooks_on_every_layer_give(tmp_path):
     assert found.peak_activation_bytes == max(largest)
 
 
-def test_times_are_measured_and_memory_where_it_is_limited(tmp_path):
+def test_times_are_measured_and_memory_where_it_is_limited(tmp_path, monkeypatch):
     run = digits_run(
         tmp_path,
         latency_ms={"batch": 4, "at_most": 1000, "percentile": 50},
         peak_memory_bytes=10**10,
     )
+    measured, asked = design_costs.measure_memory, []
+    monkeypatch.setattr(
+        design_costs,
+        "measure_memory",
+        lambda *given, **options: asked.append(options) or measured(*given, **options),
+    )
     found = design_costs.timed(run, design_costs.counted(run, 1, "separable", SEPARABLE), tmp_path)
     assert found.latency_ms > 0
+    assert asked == [{}]  # a picture and a thread, as of the file that is exported later
     assert found.step_ms > 0
     assert found.model_size_bytes > 4 * found.num_params
     assert found.peak_memory_bytes > 10**7
