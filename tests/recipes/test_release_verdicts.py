@@ -11,7 +11,7 @@ import yaml
 from tiny_run import TINY_RECIPE
 from understudy.artifacts import Record
 from understudy.compress.settings import CompressionSection
-from understudy.evaluate.budget import Budget, BudgetFacts, check_budget
+from understudy.evaluate.budget import BUDGET_UNITS, Budget, BudgetFacts, check_budget
 from understudy.evaluate.latency import Latency, Measurement
 from understudy.evaluate.microcontroller import NEWLIB_PACKAGE, TOOLS
 from understudy.export.artifact_parity import ArtifactParity
@@ -24,6 +24,7 @@ from understudy.recipes.compressed import Network
 from understudy.recipes.compression_report import compressed_budget
 from understudy.recipes.int8_loss import float_state, most_int8_may_lose, quantised_afterwards
 from understudy.recipes.release import check_release
+from understudy.recipes.report import budget_rows
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
 
@@ -270,6 +271,14 @@ def test_c_code_counts_what_reaches_the_device(judged, timing, measured, counted
     assert row.detail.startswith(f"{counted}: ")
 
 
+def test_a_page_is_judged_at_every_percentile(judged):
+    times = {"p50_ms": 1.0, "p95_ms": 2.0, "p99_ms": 3.0, "load_ms": 9.0, "num_runs": 50}
+    for share in (50, 95, 99):
+        limit = {"percentile": share, "at_most": 2.5}
+        (row,) = judged(record_of("web", {"browser": times}), latency_ms=limit)
+        assert row.measured == times[f"p{share}_ms"]
+
+
 def test_other_files_count_whole(judged):
     (row,) = judged(record_of("onnx", {}), model_size_bytes=500_000)
     assert (row.measured, row.status) == (1_000_000, "failed")
@@ -324,6 +333,90 @@ def test_files_of_a_student_that_was_trained_anew_since_do_not_decide_its_budget
     assert artifact_budgets(shipped) == shipped_budget(shipped) == {}
 
 
+def with_limits(run, folder, *, own, **limits):
+    """Return the run with these limits of its own, for a device with others."""
+    path = folder / "board.yaml"
+    board = {"title": "board", "runtime": "onnx", "precision": "float32", "limits": limits}
+    path.write_text(yaml.safe_dump(board))
+    release = run.recipe.release.model_copy(update={"device": str(path)})
+    changes = {"release": release, "budget": Budget.model_validate(own)}
+    return dataclasses.replace(run, recipe=run.recipe.model_copy(update=changes))
+
+
+def report_rows(run):
+    """Return the report's rows of the budget, by limit; the file of training keeps them all."""
+    exported = Record(
+        kind="export",
+        key="key",
+        seed=0,
+        payload={"facts": {"size_bytes": 5}},
+        timing={
+            "latency": {
+                "measurements": [{"batch_size": 1, "num_threads": 1, "p95_ms": 1e-6}],
+            },
+            "memory": {"peak_memory_bytes": 1},
+        },
+    )
+    costs = {"costs": {"student": {"num_params": 5, "macs": 5}}}
+    evaluation = Record(kind="evaluation", key="key", seed=0, payload=costs)
+    records = {"export": exported, "evaluation": evaluation}
+    rows = budget_rows(run, records, {"student": 0.0})
+    assert [row["name"] for row in rows] == sorted(
+        (row["name"] for row in rows), key=list(BUDGET_UNITS).index
+    )
+    return {row["name"]: row for row in rows}
+
+
+def test_a_limit_that_only_the_device_has_is_in_the_report(shipped, tmp_path):
+    run = with_limits(shipped, tmp_path, own={"num_params": 3000}, model_size_bytes=8)
+    rows = report_rows(run)
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "num_params": "passed",
+        "model_size_bytes": "failed",
+    }
+    assert rows["model_size_bytes"]["measured"] == 9
+
+
+@pytest.mark.parametrize(("strict", "status"), [(False, "not_measured"), (True, "failed")])
+def test_a_limit_that_no_file_was_measured_for_is_not_kept_by_the_file_of_training(
+    shipped, tmp_path, strict, status
+):
+    own = {"latency_ms": {"at_most": 5}, "peak_memory_bytes": 10, "strict": strict}
+    rows = report_rows(with_limits(shipped, tmp_path, own=own, num_params=2000))
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "num_params": "passed",
+        "latency_ms": status,
+        "peak_memory_bytes": status,
+    }
+    assert rows["latency_ms"]["measured"] is None
+    assert rows["latency_ms"]["detail"].startswith("p95 at batch 1, threads 1: not measured")
+
+
+def test_of_several_files_the_one_that_was_measured_decides(shipped, tmp_path):
+    """What one target cannot tell is no word against another's figure, a limit missed is."""
+    release = shipped.recipe.release.model_copy(update={"targets": ["onnx", "openvino"]})
+    both = dataclasses.replace(
+        shipped, recipe=shipped.recipe.model_copy(update={"release": release})
+    )
+    compressed = Record.load(shipped.folder / "compression")
+    measurements = [{"batch_size": 1, "num_threads": 1, "p95_ms": 4.0}]
+    record = Record(
+        kind="artifact-openvino-float32",
+        key="key",
+        seed=0,
+        parents={"compression": compressed.hash},
+        payload={"target": "openvino", "size_bytes": 9, "num_params": 2000, "facts": {}},
+        timing={"latency": {"measurements": measurements}},
+    )
+    record.save(shipped.folder / record.kind)
+    for at_most, status in ((5, "passed"), (3, "failed")):
+        budget = Budget.model_validate({"latency_ms": {"at_most": at_most}})
+        run = dataclasses.replace(both, recipe=both.recipe.model_copy(update={"budget": budget}))
+        row = shipped_budget(run)["latency_ms"]
+        assert (row["status"], row["measured"]) == (status, 4.0)
+        assert row["detail"].endswith(", openvino-float32")
+
+
 def judged_anew(run, **limits):
     """Return the rows of a compressed run whose budget was changed since, by limit."""
     budget = Budget.model_validate(limits)
@@ -347,7 +440,10 @@ def test_what_compression_left_is_held_against_the_limits_as_they_are_now(shippe
     ).save(shipped.folder / "compression-1-prune")
     compressed = Record.load(shipped.folder / "compression")
     payload = {"steps": [step.kind], "network": network}
-    dataclasses.replace(compressed, payload=payload).save(shipped.folder / "compression")
+    parents = {**compressed.parents, step.kind: step.hash}
+    dataclasses.replace(compressed, payload=payload, parents=parents).save(
+        shipped.folder / "compression"
+    )
 
     rows = judged_anew(shipped, num_params=700, latency_ms=limit)
     assert {name: row["status"] for name, row in rows.items()} == {
@@ -365,6 +461,15 @@ def test_what_compression_left_is_held_against_the_limits_as_they_are_now(shippe
     assert {row["status"] for row in rows.values()} == {"not_measured"}
     rows = judged_anew(shipped, latency_ms=limit | {"batch": 2}, strict=True)
     assert rows["latency_ms"]["status"] == "failed"
+
+    # Another command began the step with other settings, and was killed in it or after it.
+    dataclasses.replace(step, payload=step.payload | {"macs": 79}).save(shipped.folder / step.kind)
+    assert judged_anew(shipped, num_params=700) == {}
+    assert artifact_budgets(shipped) == {}
+    (shipped.folder / step.kind / "record.json").unlink()
+    assert judged_anew(shipped, num_params=700) == {}
+    step.save(shipped.folder / step.kind)
+    assert set(judged_anew(shipped, num_params=700)) == {"num_params"}
 
 
 # Tools that were installed after a release

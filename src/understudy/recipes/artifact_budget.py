@@ -37,16 +37,17 @@ def artifact_budgets(run: Run) -> dict[str, list[BudgetRow]]:
 def shipped_budget(run: Run) -> dict[str, dict[str, Any]]:
     """Return for each limit the row of the artifact that comes closest to missing it, or does.
 
-    Limits that no artifact was measured for are not in it; before a release there is none.
+    A limit that no artifact was measured for is not measured, whatever the file of training took;
+    before a release there is none.
     """
-    worst: dict[str, tuple[bool, float, dict[str, Any]]] = {}
+    worst: dict[str, tuple[tuple[bool, bool, float], dict[str, Any]]] = {}
     for kind, rows in artifact_budgets(run).items():
         for row in rows:
-            share = (row.status == "failed", row.measured or 0.0)
-            if row.status != "not_measured" and share >= worst.get(row.name, (False, -1.0))[:2]:
+            rank = (row.status == "failed", row.measured is not None, row.measured or 0.0)
+            if row.name not in worst or rank >= worst[row.name][0]:
                 detail = f"{row.detail}, {kind.removeprefix('artifact-')}"
-                worst[row.name] = (*share, {**row.to_json(), "detail": detail})
-    return {name: values for name, (_, _, values) in worst.items()}
+                worst[row.name] = (rank, {**row.to_json(), "detail": detail})
+    return {name: values for name, (_, values) in worst.items()}
 
 
 def artifact_budget(run: Run, record: Record) -> list[BudgetRow]:

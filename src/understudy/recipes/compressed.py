@@ -124,13 +124,22 @@ def prepared_network(run: Run, model: nn.Module, float_layers: tuple[str, ...], 
 
 
 def current_compression(run: Run) -> Record | None:
-    """Return the compression of the run's student and recipe as they are now."""
+    """Return the compression of the run's student and recipe as they are now.
+
+    None too where a step was begun anew since, with other settings, and compression did not end.
+    """
     if not (run.folder / KIND / RECORD_NAME).exists():
         return None
     last = Record.load(run.folder / KIND)
     student = run.parent("student", "train")
     if last.parents.get("student") != student.hash or last.recipe != run.recipe.section(KIND):
         return None
+    for kind in last.payload["steps"]:
+        folder = run.folder / kind
+        if not (folder / RECORD_NAME).exists():
+            return None
+        if Record.load(folder).hash != last.parents.get(kind):
+            return None
     return last
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from understudy.artifacts import Record
 from understudy.errors import InputError, problem
-from understudy.evaluate.budget import BudgetFacts, check_budget
+from understudy.evaluate.budget import BUDGET_UNITS, BudgetFacts, check_budget
 from understudy.recipes.artifact_budget import artifact_budgets, shipped_budget
 from understudy.recipes.chain import chain_stages, earlier_seconds, lineage
 from understudy.recipes.compression_report import compressed_budget, compression_values
@@ -190,7 +190,7 @@ def model_facts(
 def budget_rows(
     run: Run, records: dict[str, Record], hours: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Return one row for each limit of the budget."""
+    """Return one row for each limit of the budget, after a release also for its device's."""
     exported, cost = records["export"], records["evaluation"].payload["costs"]["student"]
     facts = BudgetFacts(
         num_params=cost["num_params"],
@@ -200,10 +200,10 @@ def budget_rows(
         peak_memory_bytes=exported.timing["memory"]["peak_memory_bytes"],
         train_hours=hours["student"],
     )
-    rows = [row.to_json() for row in check_budget(run.recipe.budget, facts=facts)]
+    found = {row.name: row.to_json() for row in check_budget(run.recipe.budget, facts=facts)}
     # After a release the limits are those of what ships.
-    last = compressed_budget(run) | shipped_budget(run)
-    rows = [last.get(row["name"], row) for row in rows]
+    found |= compressed_budget(run) | shipped_budget(run)
+    rows = [found[name] for name in BUDGET_UNITS if name in found]
     for row in rows:
         if row["name"] == "train_hours" and run.derived_from is not None:
             row["detail"] += ", all steps of the chain together"
