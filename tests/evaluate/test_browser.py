@@ -19,6 +19,7 @@ from understudy.evaluate.browser import (
     BROWSER_NAMES,
     NUM_WARMUP,
     _classify,
+    _percentiles,
     find_browser,
     run_in_browser,
 )
@@ -80,7 +81,7 @@ def checked_error(artifact: Artifact, images: torch.Tensor) -> float:
     expected_NK = run_images(open_session(artifact.path.with_name("student.onnx")), images)
     assert run.shown_class == CLASS_NAMES[int(expected_NK[0].argmax())]
     assert run.picture_max_abs_difference == 0
-    assert 0 < run.latency_p50_ms <= run.latency_p95_ms
+    assert 0 < run.latency_p50_ms <= run.latency_p95_ms <= run.latency_p99_ms
     assert run.load_ms > 0
     assert run.num_runs == len(images)
     assert run.browser.startswith("Chromium ")
@@ -141,6 +142,13 @@ def test_a_call_holds_a_hundred_small_pictures_at_most() -> None:
     assert calls == [NUM_WARMUP, 100, 100, 50]
     assert logits == [[number] for number in range(250)]
     assert len(times_ms) == 250
+
+
+def test_percentiles_are_those_of_every_other_file() -> None:
+    """Nearest rank: each is the time of a run that happened."""
+    times_ms = [float(number) for number in range(50, 0, -1)]
+    found = _percentiles(times_ms)
+    assert found == {"latency_p50_ms": 25.0, "latency_p95_ms": 48.0, "latency_p99_ms": 50.0}
 
 
 def test_images_and_folder_must_fit(

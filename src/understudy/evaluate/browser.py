@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from understudy.errors import InputError, UnderstudyError, problem
+from understudy.evaluate.latency import percentile_ms
 from understudy.export.target import Artifact, require_package
 
 NUM_WARMUP = 10
@@ -68,7 +69,8 @@ class BrowserRun:
         logits_NK: float32, of all images, from pixels handed to the page's own function.
         load_ms: from the page's first request for the network to a session that can run: network
             and runtime fetched from this machine, checked, compiled.
-        latency_p50_ms, latency_p95_ms: of one run of the network on one image.
+        latency_p50_ms, latency_p95_ms, latency_p99_ms: of one run of the network on one image, by
+            nearest rank as of every file.
         num_runs: runs that were timed, after ``NUM_WARMUP`` that were not.
         shown_class: what the page shows for the first image, dropped into it as a PNG file.
         picture_max_abs_difference: largest |difference| between the logits of that file and those
@@ -81,6 +83,7 @@ class BrowserRun:
     load_ms: float
     latency_p50_ms: float
     latency_p95_ms: float
+    latency_p99_ms: float
     num_runs: int
     shown_class: str
     picture_max_abs_difference: float
@@ -236,8 +239,7 @@ def _run(
     return BrowserRun(
         logits_NK=logits_NK,
         load_ms=load_ms,
-        latency_p50_ms=float(np.percentile(times_ms, 50)),
-        latency_p95_ms=float(np.percentile(times_ms, 95)),
+        **_percentiles(times_ms),
         num_runs=len(times_ms),
         shown_class=shown,
         picture_max_abs_difference=float(np.abs(picture_K - logits_NK[0]).max()),
@@ -268,6 +270,11 @@ def _classify(
         rows = np.arange(start, min(start + per_chunk, max(num_images, MIN_RUNS)))
         answers += run(images_NHWC[rows % num_images])
     return [answer["logits"] for answer in answers[:num_images]], [a["ms"] for a in answers]
+
+
+def _percentiles(times_ms: list[float]) -> dict[str, float]:
+    times_ns = [round(1e6 * ms) for ms in times_ms]
+    return {f"latency_p{share}_ms": percentile_ms(times_ns, share) for share in (50, 95, 99)}
 
 
 def _drop_picture(page: Any, artifact: Artifact, image_CHW: np.ndarray) -> tuple[str, np.ndarray]:

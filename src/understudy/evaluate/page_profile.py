@@ -33,7 +33,7 @@ class PageProfile:
 
     Attributes:
         name: of the folder.
-        measurement: "p50_ms", "p95_ms", "load_ms", "num_runs" and the setting.
+        measurement: "p50_ms", "p95_ms", "p99_ms", "load_ms", "num_runs" and the setting.
         facts: browser and processor.
     """
 
@@ -127,6 +127,7 @@ def profile_page(
         "num_threads": 1,
         "p50_ms": found.latency_p50_ms,
         "p95_ms": found.latency_p95_ms,
+        "p99_ms": found.latency_p99_ms,
         "load_ms": found.load_ms,
         "num_runs": found.num_runs,
     }

@@ -53,6 +53,7 @@ def in_browser(
     times = {
         "p50_ms": found.latency_p50_ms,
         "p95_ms": found.latency_p95_ms,
+        "p99_ms": found.latency_p99_ms,
         "load_ms": found.load_ms,
         "num_runs": found.num_runs,
         "browser": found.browser,
