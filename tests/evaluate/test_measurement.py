@@ -198,6 +198,15 @@ def test_wrong_requests_are_listed_at_once(tmp_path):
     ]
 
 
+def test_bytes_that_are_no_text_do_not_hide_why_a_process_failed(model_path, tmp_path, monkeypatch):
+    script = tmp_path / "says.py"
+    lines = "import os, sys; os.write(2, b'caf\\xe9 is full'); sys.exit(1)"
+    script.write_text(lines)
+    monkeypatch.setattr(artifact_process, "__file__", str(script))
+    with pytest.raises(UnderstudyError, match=r"failed \(caf\ufffd is full\)"):
+        measure_memory(model_path, IMAGES)
+
+
 def test_a_killed_process_is_told_from_a_failed_one(model_path, tmp_path, monkeypatch):
     script = tmp_path / "dies.py"
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")

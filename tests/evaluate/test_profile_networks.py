@@ -113,6 +113,7 @@ def test_what_is_exported_is_the_network_that_is_compared(tmp_path):
         ("mlp", {"classes": 0}, "--classes is 0; expected a whole number of at least 1"),
         ("their_nets.py", {"classes": 5}, "--classes is 5 without the name of a network"),
         ("nothing.here", {}, "no file 'nothing.here'.*run folder, a recipe.*module:callable"),
+        ("their_nets:make", {"shape": "2,8,8", "host": "u@h"}, "--host with the network 'their_ne"),
     ],
 )
 def test_what_is_wrong_with_a_network_is_one_clear_error(name, options, text):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -111,6 +112,17 @@ def test_a_runtime_that_there_is_none_of_is_one_clear_error(tmp_path):
         profile_command("resnet20", runtime="onnx")
 
 
+@pytest.mark.parametrize(
+    "name", ["student.tflite", "student.pte", "student.param", "student.c", "student.xml"]
+)
+def test_a_file_that_tells_no_shape_is_not_opened_for_it(name, tmp_path, monkeypatch):
+    """This machine may lack its runtime, where another one is to measure it."""
+    (tmp_path / name).write_bytes(b"")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: pytest.fail("opened"))
+    with pytest.raises(InputError, match=r"does not say what pictures it takes.*--shape C,H,W"):
+        profile_command(str(tmp_path / name), host="user@device")
+
+
 # C code
 
 
@@ -162,7 +174,7 @@ def page(tmp_path, monkeypatch):
     def run(artifact, images):
         seen.append((artifact, images))
         logits_NK = np.zeros((len(images), 3), np.float32)
-        return BrowserRun(logits_NK, 9.0, 1.5, 2.5, 50, "a", 0.0, "Chromium 1", ())
+        return BrowserRun(logits_NK, 9.0, 1.5, 2.5, 3.5, 50, "a", 0.0, "Chromium 1", ())
 
     monkeypatch.setattr("understudy.evaluate.browser.run_in_browser", run)
     return folder, seen
@@ -184,6 +196,19 @@ def test_a_page_is_measured_in_the_browser(page):
     text = profile_command(str(folder), runtime="web", device="browser")
     assert "page in Chromium 1 on this machine" in text
     assert "page, network and runtime: " in text
+
+
+@pytest.mark.parametrize(("at_most", "status"), [(3.5, "passed"), (3.4, "failed")])
+@pytest.mark.parametrize("percentile", [50, 95, 99])
+def test_a_limit_on_any_percentile_of_a_page_is_judged(page, tmp_path, percentile, at_most, status):
+    folder, _ = page
+    at_most -= {50: 2, 95: 1, 99: 0}[percentile]
+    limits = {"latency_ms": {"percentile": percentile, "at_most": at_most}}
+    here = {"title": "here", "runtime": "web", "precision": "float32", "is_this_machine": True}
+    path = tmp_path / "here.yaml"
+    path.write_text(yaml.safe_dump(here | {"limits": limits}))
+    (row,) = profiled(folder, runtime="web", device=str(path))["budget"]
+    assert (row["status"], row["measured"]) == (status, {50: 1.5, 95: 2.5, 99: 3.5}[percentile])
 
 
 def test_a_released_page_goes_to_the_browser_by_its_record(page):

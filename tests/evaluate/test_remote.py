@@ -186,6 +186,32 @@ def test_a_runtime_that_fails_there(device, remote_folder, tmp_path):
         measure(path, device)
 
 
+def test_bytes_that_are_no_text_do_not_hide_why_it_failed_there(
+    device, remote_folder, tmp_path, monkeypatch
+):
+    lines = (
+        "import os\n"
+        "def open_model(path, *, num_threads):\n"
+        "    os.write(2, b'caf\\xe9')\n"
+        "    raise ValueError('not today')\n"
+    )
+    with pytest.raises(UnderstudyError, match=r"failed \(ValueError: not today\)"):
+        measure(runtime_of(tmp_path, monkeypatch, lines), device)
+
+
+def test_what_a_runtime_caches_there_goes_with_the_folder(
+    device, remote_folder, tmp_path, monkeypatch
+):
+    lines = (
+        "import os, pathlib\n"
+        "def open_model(path, *, num_threads):\n"
+        "    cache = pathlib.Path(os.environ['XDG_CACHE_HOME'])\n"
+        "    raise ValueError(str(cache.relative_to(os.environ['TMPDIR'])))\n"
+    )
+    with pytest.raises(UnderstudyError, match=r"failed \(ValueError: cache\)"):
+        measure(runtime_of(tmp_path, monkeypatch, lines), device)
+
+
 def test_a_full_disk_there(device, remote_folder, tmp_path, monkeypatch):
     lines = (
         "import errno, os\n"

@@ -112,7 +112,12 @@ def start_process(
     command = [sys.executable, "-P", artifact_process.__file__, json.dumps(asked)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_seconds, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_seconds,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise UnderstudyError(

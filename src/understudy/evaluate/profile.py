@@ -125,6 +125,8 @@ def profile_command(
     asked = Asked(None if shape is None else parse_shape(shape), classes, find_network)
     with tempfile.TemporaryDirectory(prefix="understudy-") as folder:
         file = _resolve(target, asked, Path(folder) / "target", runtime)
+        if ssh is not None and file.runtime == "eager":
+            raise _no_file_for_host(target)
         image_shape = asked.shape or _image_shape(file)
         asked = replace(asked, shape=image_shape)
         place = Path(folder) / "against"
@@ -315,10 +317,21 @@ def _check_network(target: str, file: RuntimeFile, asked: Asked, runtime: str | 
         )
 
 
+def _no_file_for_host(target: str) -> InputError:
+    return InputError(
+        problem(
+            f"--host with the network '{target}', which PyTorch and this package run",
+            expected="an exported file, which its runtime alone runs there",
+            mend="Export it first, and name that file.",
+        )
+    )
+
+
 def _image_shape(file: RuntimeFile) -> ImageShape:
+    told: Any = None
     if file.runtime == "onnx":
-        told: Any = _onnx_shape(file.path)
-    else:
+        told = _onnx_shape(file.path)
+    elif file.runtime == "eager":  # no other runtime tells it
         told = describe_fresh(file)["facts"].get("image_shape")
     if told is None or len(told) != 3 or not all(isinstance(size, int) for size in told):
         raise InputError(

@@ -42,8 +42,8 @@ case $p in /*) ;; */*) p="$PWD/$p" ;; esac
 command -v "$p" >/dev/null 2>&1 || exit 72
 tar -xf - -C "$d" || exit 73
 cd "$d" || exit 71
-TMPDIR=$d PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
-export TMPDIR PYTHONSAFEPATH PYTHONDONTWRITEBYTECODE
+TMPDIR=$d XDG_CACHE_HOME=$d/cache PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1
+export TMPDIR XDG_CACHE_HOME PYTHONSAFEPATH PYTHONDONTWRITEBYTECODE
 {runs}
 """
 _HOST = re.compile(
@@ -235,6 +235,7 @@ def _run(
                 stdin=packed,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=timeout_seconds,
                 check=False,
             )

@@ -20,7 +20,12 @@ def arena_bytes(path: Path) -> int | None:
     command = [sys.executable, "-P", "-m", __name__, str(path)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SEARCH_SECONDS, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SEARCH_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return None

@@ -72,11 +72,12 @@ def count_instructions(path: Path, images: ArrayLike) -> TflmInstructions | str:
                 [TOOL, *options, f"--toggle-collect={_INVOKE}", *script],
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=COUNT_SECONDS,
                 check=False,
             )
             version = subprocess.run(
-                [TOOL, "--version"], capture_output=True, text=True, check=False
+                [TOOL, "--version"], capture_output=True, text=True, errors="replace", check=False
             )
         except subprocess.TimeoutExpired:
             return f"{TOOL} took more than {COUNT_SECONDS:.0f} s"

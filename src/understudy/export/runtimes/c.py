@@ -122,7 +122,12 @@ def compile_library(folder: Path, compiler: list[str], library: Path) -> None:
     sources = [str(folder / name) for name in SOURCES]
     command = [*compiler, *FLAGS, *sources, "-lm", "-o", str(library)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=COMPILE_SECONDS,
+        check=False,
     )
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if "error" in line]
@@ -133,7 +138,12 @@ def compile_library(folder: Path, compiler: list[str], library: Path) -> None:
 def compiler_version(compiler: list[str]) -> str:
     """Return the first line of what the compiler says of itself."""
     done = subprocess.run(
-        [*compiler, "--version"], capture_output=True, text=True, timeout=30, check=False
+        [*compiler, "--version"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=30,
+        check=False,
     )
     return (done.stdout or done.stderr).splitlines()[0] if done.returncode == 0 else "unknown"
 
