@@ -9,10 +9,12 @@ from safetensors.torch import save_file
 
 from tiny_run import TINY_RECIPE
 from understudy.artifacts import Record, write_json
+from understudy.compress.settings import PruneStep
 from understudy.errors import MissingExtraError, ModelError
 from understudy.export.target import find_target, open_artifact, run_artifact
+from understudy.models.cost import count_macs
 from understudy.models.reshape import channel_shapes
-from understudy.recipes import pruned_speed
+from understudy.recipes import prune_step, pruned_speed
 from understudy.recipes.compressed import Network, load_network
 from understudy.recipes.networks import build_model
 from understudy.recipes.prune_step import speed_of
@@ -194,3 +196,41 @@ def test_a_ratio_below_one_is_faster():
     ratio = {"ratio": 0.5, "lower": 0.4, "upper": 0.8, "num_rounds": 5}
     found = speed_of(ratio | {"reference_p50_ms": 2.0, "p50_ms": 1.0})
     assert (found["speedup"], found["quartiles"]) == (2, [1.25, 2.5])
+
+
+# Going on after a kill
+
+
+def test_what_is_left_of_a_killed_pruning_has_the_goals_that_it_began_with(tmp_path, monkeypatch):
+    """Another process measures other times: here a clock that is slower each time it is asked."""
+    pytest.importorskip("torch_pruning", reason="needs the extra compress")
+    run = opened(tmp_path)
+    step = PruneStep(name="prune", latency_ms=6.0, num_rounds=3)
+    stage = SimpleNamespace(folder=tmp_path / PRUNE, kind=PRUNE)
+    stage.folder.mkdir()
+    model, asked, clock = build_model(run, "student").eval(), [], [0]
+    whole = count_macs(model, run.source.image_shape)
+
+    def picture_ms(run, model):
+        clock[0] += 1
+        return (9 + clock[0]) * count_macs(model, run.source.image_shape) / whole
+
+    def prune_once(run, model, rule, goal, folder, *, measure):
+        if len(asked) == 1:
+            asked.append(None)
+            raise KeyboardInterrupt
+        asked.append(goal)
+        write_json(folder / "round.json", {})
+
+    monkeypatch.setattr(prune_step, "picture_ms", picture_ms)
+    monkeypatch.setattr(prune_step, "prune_once", prune_once)
+    monkeypatch.setattr(prune_step, "load_network", lambda run, before: model)
+    monkeypatch.setattr(prune_step, "pruned_model", lambda run, folder: model)
+    monkeypatch.setattr(prune_step, "made", lambda *arguments: None)
+    with pytest.raises(KeyboardInterrupt):
+        prune_step.prune_step(run, stage, step, Network())
+    was_asked = clock[0]
+    prune_step.prune_step(run, stage, step, Network())
+    assert clock[0] == was_asked > 0
+    first, _, again, second, last = (goal and goal.latency_ms for goal in asked)
+    assert 10 > first == again > second > last == step.latency_ms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from understudy.compress.prune import (
     prune_round,
     round_goals,
 )
+from understudy.compress.prune_search import Measure
 from understudy.compress.settings import PruneStep
 from understudy.data.splits import spread
 from understudy.evaluate.accuracy import predict_logits
@@ -42,6 +43,7 @@ from understudy.train.plan import TrainPlan
 
 FILE_NAME = "student.onnx"
 PRUNED_NAME = "pruned.safetensors"
+GOALS_NAME = "goals.json"
 # Pictures whose gradients rank the channels for the importance "taylor".
 NUM_SCORED = 1024
 
@@ -71,12 +73,10 @@ def prune_step(run: Run, stage: Stage, step: PruneStep, before: Network) -> Made
     model = load_network(run, before)
     example_NCHW = run.source.images(run.splits.train[:2])
     measure = partial(picture_ms, run) if step.latency_ms is not None else None
-    size = network_size(model, example_NCHW, measure=measure)
-    goal = PruneGoal(step.num_params, step.num_macs, step.latency_ms)
     rule = PruneRule(step.importance, step.scope, step.round_to)
-    check_reachable(model, example_NCHW, goal=goal, rule=rule, measure=measure)
+    goals = goals_of(stage.folder / GOALS_NAME, step, model, example_NCHW, rule, measure)
     reports = []
-    for number, round_goal in enumerate(round_goals(size, goal, step.num_rounds), start=1):
+    for number, round_goal in enumerate(goals, start=1):
         folder = stage.folder / f"round-{number}"
         prune_once(run, model, rule, round_goal, folder, measure=measure)
         reports.append(json.loads((folder / "round.json").read_text()))
@@ -89,6 +89,29 @@ def prune_step(run: Run, stage: Stage, step: PruneStep, before: Network) -> Made
             model = pruned_model(run, folder)
         model.eval()
     return made(run, stage, step, before, model, reports)
+
+
+def goals_of(
+    path: Path,
+    step: PruneStep,
+    model: nn.Module,
+    example_NCHW: Tensor,
+    rule: PruneRule,
+    measure: Measure | None,
+) -> list[PruneGoal]:
+    """Return the goal of each round, found once and kept at ``path``.
+
+    Times differ from one process to the next: measured anew, they would give the rounds that are
+    left other goals, or refuse what was begun.
+    """
+    if path.exists():
+        return [PruneGoal(**values) for values in json.loads(path.read_text())]
+    goal = PruneGoal(step.num_params, step.num_macs, step.latency_ms)
+    size = network_size(model, example_NCHW, measure=measure)
+    check_reachable(model, example_NCHW, goal=goal, rule=rule, measure=measure)
+    goals = list(round_goals(size, goal, step.num_rounds))
+    write_json(path, [asdict(goal) for goal in goals])
+    return goals
 
 
 def made(
@@ -130,7 +153,7 @@ def prune_once(
     goal: PruneGoal,
     folder: Path,
     *,
-    measure: Callable[[nn.Module], float] | None,
+    measure: Measure | None,
 ) -> None:
     """Remove channels once and write the result, unless an earlier process did."""
     if (folder / "round.json").exists():
