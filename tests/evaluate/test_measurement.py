@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,20 @@ from understudy.evaluate.runtime_files import runtime_file
 from understudy.runtime import num_usable_cores
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 1, 8, 8), dtype=np.uint8)
+
+
+C_CODE = """\
+#include <stddef.h>
+const struct { size_t shape[5]; const char *texts[2]; size_t sizes[2]; } student_info = {
+    {1, 8, 8, 64, 3}, {"float32", ""}, {0, 0}
+};
+int understudy_classify(const float *pixels, size_t num_pixels, float *logits, size_t num_classes)
+{
+    for (size_t k = 0; k < num_classes; k++) logits[k] = pixels[k];
+    return num_pixels == 64 ? 0 : 1;
+}
+const char *understudy_error_text(int code) { return code ? "wrong" : ""; }
+"""
 
 
 def write_model(path: Path, *, num_loops: int = 0, weight_bytes: int = 0) -> Path:
@@ -205,6 +220,24 @@ def test_bytes_that_are_no_text_do_not_hide_why_a_process_failed(model_path, tmp
     monkeypatch.setattr(artifact_process, "__file__", str(script))
     with pytest.raises(UnderstudyError, match=r"failed \(caf\ufffd is full\)"):
         measure_memory(model_path, IMAGES)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_compilers_time_is_not_that_of_loading_c_code(tmp_path, monkeypatch):
+    (tmp_path / "student.c").write_text(C_CODE)
+    for name in ("student_network.c", "student.h", "student_network.h"):
+        (tmp_path / name).write_text("")
+    compiler = tmp_path / "slow-cc"
+    compiler.write_text('#!/bin/sh\nsleep 2\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = measure_latency(
+        tmp_path / "student.c", IMAGES, batch_sizes=(1,), num_threads=(1,), min_seconds=0
+    )
+    assert list((tmp_path / "cache").rglob("*.so"))
+    assert 0 < found.measurements[0].load_ms < 1000
+    assert "cc" in found.facts["compiler"]
 
 
 def test_a_killed_process_is_told_from_a_failed_one(model_path, tmp_path, monkeypatch):

@@ -29,7 +29,8 @@ class Measurement:
             (nearest rank); with fewer than 100 runs p99 is the slowest run.
         images_per_second: batch_size over the mean time.
         num_runs: timed runs, after ``num_warmup`` that were not.
-        load_ms: time from the file to something that runs, the imports of its runtime not in it.
+        load_ms: time from the file to something that runs, without the imports of its runtime and
+            the compiling of C code.
     """
 
     batch_size: int

@@ -44,11 +44,10 @@ class StudentInfo(ctypes.Structure):
 class CModel:
     """Compiled C code: float32 images [n, C, H, W] in [0, 1] to logits [n, K], one by one."""
 
-    def __init__(self, path: str, *, num_threads: int) -> None:
-        compiler = shlex.split(os.environ.get("CC", "cc"))
+    def __init__(self, compiled: Path, version: str) -> None:
         # The code's memory is static and shared by all who load this library: PyDLL keeps the
         # interpreter's lock during a call, so that threads wait for each other.
-        library = ctypes.PyDLL(str(compiled_library(Path(path).parent, compiler)))
+        library = ctypes.PyDLL(str(compiled))
         self.info = StudentInfo.in_dll(library, "student_info")
         self.classify = library.understudy_classify
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
@@ -58,7 +57,7 @@ class CModel:
         self.error_text.argtypes = (ctypes.c_int,)
         self.error_text.restype = ctypes.c_char_p
         self.facts: dict[str, Any] = {
-            "compiler": compiler_version(compiler),
+            "compiler": version,
             "flags": " ".join(FLAGS),
             "num_threads": 1,
             "static_buffer_bytes": int(self.info.arena_bytes),
@@ -87,16 +86,26 @@ class CModel:
         return logits_NK
 
 
-def compiled_library(folder: Path, compiler: list[str]) -> Path:
-    """Return the shared library, compiled unless this code was on this machine before."""
+def prepare(path: str) -> tuple[Path, str]:
+    """Compile the code, and return the library and the compiler's version.
+
+    Whoever times ``open_model`` calls this before, and hands over what it returned.
+    """
+    compiler = shlex.split(os.environ.get("CC", "cc"))
     if shutil.which(compiler[0]) is None:
         raise OSError(
             f"there is no C compiler '{compiler[0]}'; install one (Debian: gcc), or name it in CC"
         )
+    version = compiler_version(compiler)
+    return compiled_library(Path(path).parent, compiler, version), version
+
+
+def compiled_library(folder: Path, compiler: list[str], version: str) -> Path:
+    """Return the shared library, compiled unless this code was on this machine before."""
     key = hashlib.sha256()
     for name in SOURCES + HEADERS:
         key.update((folder / name).read_bytes() + b"\0")
-    for part in (*compiler, *FLAGS, compiler_version(compiler)):
+    for part in (*compiler, *FLAGS, version):
         key.update(part.encode() + b"\0")
     for cache in cache_folders():
         path = cache / f"student-{key.hexdigest()[:32]}.so"
@@ -164,6 +173,6 @@ def cache_folders() -> list[Path]:
     return folders
 
 
-def open_model(path: str, *, num_threads: int) -> CModel:
-    """Compile and load the code; it runs on one thread whatever is asked for."""
-    return CModel(path, num_threads=num_threads)
+def open_model(path: str, *, num_threads: int, prepared: tuple[Path, str] | None = None) -> CModel:
+    """Load the code, compiled unless that is done; it runs on one thread whatever is asked for."""
+    return CModel(*(prepared or prepare(path)))
