@@ -70,6 +70,7 @@ class Asked:
     shape: ImageShape | None
     classes: int | None
     find_network: FindNetwork
+    host: str | None
 
 
 def profile_command(
@@ -122,11 +123,9 @@ def profile_command(
     ssh = None if host is None else Ssh(host, options=tuple(ssh_options), python=python)
     counts = _thread_counts(threads or (profile_of.threads if profile_of else 1,), host=host)
     _check(batches or (1,), classes, names=(target, against or ""), against=against, ssh=ssh)
-    asked = Asked(None if shape is None else parse_shape(shape), classes, find_network)
+    asked = Asked(None if shape is None else parse_shape(shape), classes, find_network, host)
     with tempfile.TemporaryDirectory(prefix="understudy-") as folder:
         file = _resolve(target, asked, Path(folder) / "target", runtime)
-        if ssh is not None and file.runtime == "eager":
-            raise _no_file_for_host(target)
         image_shape = asked.shape or _image_shape(file)
         asked = replace(asked, shape=image_shape)
         place = Path(folder) / "against"
@@ -298,7 +297,15 @@ def _resolve(target: str, asked: Asked, folder: Path, runtime: str | None = None
 
 
 def _check_network(target: str, file: RuntimeFile, asked: Asked, runtime: str | None) -> None:
-    """Refuse a network that is to be run as something else than it is."""
+    """Refuse a network that is to be run as something else than it is, or elsewhere."""
+    if asked.host is not None:
+        raise InputError(
+            problem(
+                f"--host with the network '{target}', which PyTorch and this package run",
+                expected="an exported file, which its runtime alone runs there",
+                mend="Export it first, and name that file.",
+            )
+        )
     if runtime not in (None, file.runtime):
         raise InputError(
             problem(
@@ -315,16 +322,6 @@ def _check_network(target: str, file: RuntimeFile, asked: Asked, runtime: str | 
                 mend="Leave --shape out, or compare networks for the same pictures.",
             )
         )
-
-
-def _no_file_for_host(target: str) -> InputError:
-    return InputError(
-        problem(
-            f"--host with the network '{target}', which PyTorch and this package run",
-            expected="an exported file, which its runtime alone runs there",
-            mend="Export it first, and name that file.",
-        )
-    )
 
 
 def _image_shape(file: RuntimeFile) -> ImageShape:
