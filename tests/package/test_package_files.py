@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from package_samples import CLASS_NAMES, CREATED, Files, card, contents
 
-from understudy.artifacts import content_hash
+from understudy.artifacts import content_hash, exclusive
 from understudy.errors import InputError
 from understudy.package import reading, writing
 from understudy.package.manifest import MANIFEST_NAME, unsafe_name
+from understudy.package.placing import check_package_path
 from understudy.package.reading import read_package
-from understudy.package.writing import check_package_path, write_package
+from understudy.package.writing import write_package
 
 NAMES = {
     "MODEL_CARD.md",
@@ -184,6 +185,52 @@ class TestWriting:
             write_package(tmp_path / "home", artifacts, packed, overwrite=True)
         assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
 
+    # A web app, a browser extension, a package of a version to come, damage.
+    @pytest.mark.parametrize(
+        "manifest",
+        [
+            '{"name": "My app", "icons": []}',
+            '{"schema_version": 1, "content_sha256": "0", "made_by": "another tool 1"}',
+            '{"schema_version": true, "content_sha256": "0", "made_by": "understudy 1"}',
+            '{"schema_version": 2, "content_sha256": "0", "made_by": "understudy 1"}',
+            '{"schema_version": 1, "made_by": "understudy 1"}',
+            "[1]",
+            "{",
+            "[" * 100_000,
+        ],
+    )
+    def test_a_manifest_of_something_else_makes_no_package(
+        self, artifacts, packed, tmp_path, manifest
+    ):
+        (tmp_path / "app").mkdir()
+        (tmp_path / "app" / MANIFEST_NAME).write_text(manifest)
+        with zipfile.ZipFile(tmp_path / "app.zip", "w") as archive:
+            archive.writestr(MANIFEST_NAME, manifest)
+        zipped = (tmp_path / "app.zip").read_bytes()
+        for name in ("app", "app.zip"):
+            with pytest.raises(InputError, match="exists and is not a package"):
+                write_package(tmp_path / name, artifacts, packed, overwrite=True)
+        assert contents_of(tmp_path / "app") == {MANIFEST_NAME: manifest.encode()}
+        assert (tmp_path / "app.zip").read_bytes() == zipped
+
+    def test_a_users_files_in_a_package_are_never_deleted(self, artifacts, packed, copy):
+        for name in ("notes.txt", "run_c/picture.ppm", "a", "b"):
+            (copy / name).parent.mkdir(exist_ok=True)
+            (copy / name).write_text("mine")
+        before = contents_of(copy)
+        match = r"not the package's: 'a', 'b', 'notes.txt' and 1 more"
+        with pytest.raises(InputError, match=match):
+            check_package_path(copy, overwrite=True)
+        with pytest.raises(InputError, match=match):
+            write_package(copy, artifacts, packed, overwrite=True)
+        assert contents_of(copy) == before
+        for name in ("notes.txt", "run_c/picture.ppm", "a", "b"):
+            (copy / name).unlink()
+        (copy / "run_c" / "classify").write_text("built")
+        (copy / "run.py").write_text("damaged")
+        write_package(copy, artifacts, packed, overwrite=True)
+        assert names_below(copy) == NAMES
+
     def test_an_empty_folder_may_be_filled(self, artifacts, packed, tmp_path):
         (tmp_path / "empty").mkdir()
         write_package(tmp_path / "empty", artifacts, packed)
@@ -242,6 +289,50 @@ class TestWriting:
         assert read_package(tmp_path / name).manifest.version == ("1.2" if used else "2")
         assert [path.name for path in tmp_path.iterdir()] == [name]
 
+    @pytest.mark.parametrize("last", range(2))
+    def test_an_interrupt_at_any_rename_keeps_a_package(
+        self, artifacts, packed, copy, monkeypatch, last
+    ):
+        whole = Path.rename
+        names = []
+
+        def interrupted(path, target):
+            found = whole(path, target)
+            names.append(path.name)
+            if len(names) == last + 1:
+                raise KeyboardInterrupt
+            return found
+
+        monkeypatch.setattr(Path, "rename", interrupted)
+        newer = dataclasses.replace(packed, version="2")
+        with pytest.raises(KeyboardInterrupt):
+            write_package(copy, artifacts, newer, overwrite=True)
+        assert read_package(copy).manifest.version == ("1.2", "2")[last]
+        assert list(copy.parent.iterdir()) == [copy]
+
+    def test_what_a_killed_writer_set_aside_comes_back(self, artifacts, packed, copy):
+        killed = copy.with_name(".copy.abcd1234.part")
+        other = copy.with_name(".copy.zip.abcd1234.part")
+        for part in (killed, other):
+            part.mkdir()
+            (part / ".lock").touch()
+        copy.rename(killed / "replaced")
+        with pytest.raises(InputError, match=r"exists; expected a new name.*overwrite"):
+            write_package(copy, artifacts, packed)
+        assert read_package(copy).manifest.version == "1.2"
+        assert sorted(copy.parent.iterdir()) == sorted([copy, other])
+
+    def test_what_another_process_is_writing_is_left_alone(self, artifacts, packed, copy):
+        busy = copy.with_name(".copy.abcd1234.part")
+        new = copy.with_name(".copy.new01234.part")
+        new.mkdir()
+        with exclusive(busy):
+            copy.rename(busy / "replaced")
+            write_package(copy, artifacts, dataclasses.replace(packed, version="2"))
+            assert read_package(busy / "replaced").manifest.version == "1.2"
+        assert read_package(copy).manifest.version == "2"
+        assert sorted(copy.parent.iterdir()) == sorted([copy, busy, new])
+
     @pytest.mark.parametrize("name", ["p", "p.zip"])
     def test_a_killed_writer_leaves_nothing_under_the_name(self, artifacts, packed, tmp_path, name):
         code = f"""
@@ -256,7 +347,8 @@ pictures = np.zeros((2, 3, 16, 12), np.uint8)
 writing.write_package(pathlib.Path({str(tmp_path / name)!r}), [files],
                       contents(pictures, np.zeros((2, 4))))
 """
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        environment = {**os.environ, "PYTHONPATH": paths}
         killed = subprocess.run([sys.executable, "-c", code], env=environment, check=False)
         assert killed.returncode == -9
         assert not (tmp_path / name).exists()
@@ -265,6 +357,7 @@ writing.write_package(pathlib.Path({str(tmp_path / name)!r}), [files],
         assert left.suffix == ".part"
         write_package(tmp_path / name, artifacts, packed)
         assert read_package(tmp_path / name).manifest.name == "garden"
+        assert [path.name for path in tmp_path.iterdir()] == [name]
 
     def test_everything_wrong_with_the_artifacts_is_said_at_once(self, packed, tmp_path):
         files = Files("onnx", "float32", tmp_path, ("none.onnx", "../student.onnx"))
@@ -350,10 +443,27 @@ class TestDamagedFolder:
         with pytest.raises(InputError, match=r"onnx-float32/weights.bin' is not in the manifest"):
             read_package(copy)
 
-    def test_what_a_user_builds_elsewhere_is_no_damage(self, copy):
+    @pytest.mark.parametrize(
+        "name", ["json.py", "run_c/student.h", "runtimes/numpy/__init__.py", "build/x", ".x"]
+    )
+    def test_an_extra_file_elsewhere(self, copy, name):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("")
+        with pytest.raises(InputError, match=f"'{name}' is not in the manifest"):
+            read_package(copy)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "run_c/classify",
+            "runtimes/__pycache__/onnx.cpython-311.pyc",
+            "artifacts/c-int8/build/native/selftest",
+        ],
+    )
+    def test_what_a_user_builds_is_no_damage(self, copy, name):
         before = read_package(copy).manifest
-        (copy / "run_c").mkdir()
-        (copy / "run_c" / "classify").write_text("")
+        (copy / name).parent.mkdir(parents=True)
+        (copy / name).write_text("")
         assert read_package(copy).manifest == before
 
     @pytest.mark.parametrize("name", ["run.py", "artifacts/onnx-int8", "artifacts", MANIFEST_NAME])

@@ -15,6 +15,7 @@ import weakref
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
@@ -129,17 +130,6 @@ def read_package(path: Path, *, max_bytes: int = MAX_PACKAGE_BYTES) -> Package:
     )
 
 
-def is_package_zip(path: Path) -> bool:
-    """Return whether a file is a package, whole or damaged, and not just any archive."""
-    if not (path.is_file() and zipfile.is_zipfile(path)):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return MANIFEST_NAME in archive.namelist()
-    except DAMAGE:
-        return False
-
-
 def _read_folder(folder: Path, max_bytes: int) -> Package:
     path = folder / MANIFEST_NAME
     if path.is_symlink() or not path.is_file():
@@ -152,9 +142,7 @@ def _read_folder(folder: Path, max_bytes: int) -> Package:
         for name in manifest.files
         if (sentence := _damage(folder, name, manifest)) is not None
     ]
-    problems += [
-        _extra(folder, name) for name in _names_below(folder, "artifacts", set(manifest.files))
-    ]
+    problems += [_extra(folder, name) for name in unlisted_files(folder, manifest.files)]
     if problems:
         raise InputError(*problems)
     return Package(manifest, source=folder, folder=folder, is_unpacked=False)
@@ -183,14 +171,25 @@ def _damage(folder: Path, name: str, manifest: Manifest) -> str | None:
     return None if digest == entry.sha256 else _changed(folder, name, digest, entry.sha256)
 
 
-def _names_below(folder: Path, part: str, known: set[str]) -> list[str]:
-    """Return files and links below ``folder/part`` that the manifest does not know."""
+def unlisted_files(folder: Path, listed: Collection[str]) -> list[str]:
+    """Return files and links below a package folder that are neither listed nor built there.
+
+    Whatever lies beside a script or a header can change what runs, so nothing else may.
+    """
     found = []
-    for place, folders, files in os.walk(folder / part):
+    for place, folders, files in os.walk(folder):
         below = Path(place)
         links = [name for name in folders if (below / name).is_symlink()]
-        found += [(below / name).relative_to(folder).as_posix() for name in files + links]
-    return sorted(set(found) - known)
+        found += [(below / name).relative_to(folder) for name in files + links]
+    names = {name.as_posix() for name in found if not _is_built(name.parts)}
+    return sorted(names - {MANIFEST_NAME, *listed})
+
+
+def _is_built(parts: tuple[str, ...]) -> bool:
+    """Return whether a file is what ``make`` or Python put there."""
+    in_build = len(parts) > 3 and parts[0] == "artifacts" and parts[2] == "build"
+    is_cached = len(parts) > 1 and parts[-2] == "__pycache__" and parts[-1].endswith(".pyc")
+    return in_build or is_cached or parts == ("run_c", "classify")
 
 
 def _read_zip(path: Path, max_bytes: int) -> Package:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 import understudy
-from understudy.artifacts import ASIDE_NAME, atomic_path, file_hash
+from understudy.artifacts import atomic_path, file_hash
 from understudy.data.decode import ResizeRule
 from understudy.errors import InputError, problem
 from understudy.package import c_runner
@@ -32,8 +31,9 @@ from understudy.package.manifest import (
     unsafe_name,
     validation_problems,
 )
+from understudy.package.placing import check_package_path, move, part_folder, sync_folder
 from understudy.package.predict import RUNTIMES_FOLDER
-from understudy.package.reading import is_package_zip, read_package
+from understudy.package.reading import read_package
 
 STATISTICS_NAME = "reference_statistics.json"
 RUNNER_NAME = "run.py"
@@ -100,22 +100,25 @@ def write_package(
     """Write a package to a folder, or to a zip where the name ends in ".zip".
 
     Equal contents give equal bytes (of a zip: with the same zlib). Needs jinja2, not torch. A kill
-    at any moment leaves nothing, or the whole package, under the final name; when a folder is
-    overwritten, a moment with nothing there is possible.
+    at any moment leaves nothing, or a whole package, under the final name. When a folder is
+    overwritten, a moment with nothing there is possible: after a kill in it, the next call for
+    this name brings the old package back first.
 
     Args:
-        overwrite: replace a package that is there. What is not a package is never replaced.
+        overwrite: replace a package that is there. What is not a package, or holds files of
+            others, is never replaced.
 
     Raises:
         InputError: the target exists, artifacts are missing files, or something does not fit.
     """
     # Through a link, so that what it points to is replaced and not the link.
     target = Path(target).resolve()
-    is_zip = check_package_path(target, overwrite=overwrite)
+    check_package_path(target, overwrite=overwrite)
     _check_artifacts(artifacts, contents)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
-    try:
+    with part_folder(target) as part:
+        # Again: what a killed writer had set aside may be there now.
+        is_zip = check_package_path(target, overwrite=overwrite)
         staged = part / "package"
         try:
             manifest = _write_folder(staged, artifacts, contents)
@@ -123,11 +126,12 @@ def write_package(
             raise InputError(*validation_problems(error, "the package to write")) from None
         read_package(staged)
         if is_zip:
-            _write_zip(target, staged, manifest)
+            zipped = part / target.name
+            _write_zip(zipped, staged, manifest)
+            zipped.replace(target)
+            sync_folder(target.parent)
         else:
-            _move(staged, target, aside=part / ASIDE_NAME)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            move(staged, target, part)
     return manifest
 
 
@@ -264,19 +268,6 @@ def _write_zip(target: Path, staged: Path, manifest: Manifest) -> None:
                 shutil.copyfileobj(source, file)
 
 
-def _move(staged: Path, target: Path, *, aside: Path) -> None:
-    """Give the staged folder its name; a package that had it comes back if that fails."""
-    if target.exists():
-        target.rename(aside)
-    try:
-        staged.rename(target)
-    except BaseException:
-        if aside.exists():
-            aside.rename(target)
-        raise
-    _sync_folder(target.parent)
-
-
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode())
@@ -294,15 +285,7 @@ def _sync(folder: Path) -> None:
         for name in files:
             with (Path(place) / name).open("rb+") as file:
                 os.fsync(file.fileno())
-        _sync_folder(Path(place))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(Path(place))
 
 
 def _plain(values: Mapping[str, Any], what: str) -> Any:
@@ -324,41 +307,6 @@ def _json_text(values: Mapping[str, Any], what: str) -> str:
 
 def _name(artifact: ArtifactFiles) -> str:
     return f"{artifact.target}-{artifact.precision}"
-
-
-def check_package_path(target: Path, *, overwrite: bool) -> bool:
-    """Return whether a package of this name is a zip; raise InputError where none can be written.
-
-    Args:
-        overwrite: a package may be there already. What is not a package is never replaced.
-    """
-    is_zip = target.suffix.lower() == ".zip"
-    above = next(path for path in target.absolute().parents if path.exists())
-    if not above.is_dir():
-        raise InputError(
-            problem(
-                f"{target} cannot be a package: {above} is a file",
-                expected="a path where a folder or zip can be made",
-                mend="Choose another name.",
-            )
-        )
-    _check_free(target, is_zip=is_zip, overwrite=overwrite)
-    return is_zip
-
-
-def _check_free(target: Path, *, is_zip: bool, overwrite: bool) -> None:
-    if not target.exists() or (target.is_dir() and not is_zip and not any(target.iterdir())):
-        return
-    is_package = is_package_zip(target) if is_zip else (target / MANIFEST_NAME).is_file()
-    if not (overwrite and is_package):
-        raise InputError(
-            problem(
-                f"{target} exists" + ("" if is_package else " and is not a package"),
-                expected="a new name",
-                mend="Choose another name"
-                + (", or overwrite it on purpose." if is_package else "."),
-            )
-        )
 
 
 def _check_artifacts(artifacts: Sequence[ArtifactFiles], contents: PackageContents) -> None:

@@ -11,7 +11,8 @@ from understudy.errors import InputError, MissingExtraError
 from understudy.evaluate.browser import find_browser
 from understudy.export.target_names import TARGET_MODULES, TARGETS
 from understudy.package.manifest import check_class_names
-from understudy.package.writing import check_package_path, write_package
+from understudy.package.placing import check_package_path
+from understudy.package.writing import write_package
 from understudy.progress import log
 from understudy.recipes.artifact_budget import artifact_budgets
 from understudy.recipes.artifacts import artifact_of, failed_artifacts, make_artifacts
