@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from package_samples import CLASS_NAMES, IMAGE_SHAPE, contents, onnx_logits
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from understudy.data.decode import MAX_PIXELS
+from understudy.data.decode import MAX_PIXELS, decode_into, read_header
 from understudy.errors import DataError, InputError, ModelError
 from understudy.package import picture as picture_module
 from understudy.package import predict as predict_module
@@ -39,6 +40,37 @@ def saved(path, pixels, **options):
 
 def channels_last(picture):
     return np.ascontiguousarray(picture.transpose(1, 2, 0))
+
+
+def decoded(path):
+    header = read_header(path)
+    pixels_CHW = np.empty((3, header.height, header.width), np.uint8)
+    decode_into(pixels_CHW, path, resize=False)
+    return channels_last(pixels_CHW)
+
+
+def late_orientations(folder):
+    """PNG files of the network's size whose orientation is not in an EXIF chunk of the header."""
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    pixels[0, 0] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = exif.tobytes()
+    text, xmp = PngInfo(), PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(data):8}\n{data.hex()}\n", zip=True)
+    xmp.add_itxt("XML:com.adobe.xmp", '<rdf tiff:Orientation="3"/>')
+    late = saved(folder / "late.png", pixels)
+    chunk = b"eXIf" + data.removeprefix(b"Exif\0\0")
+    chunk = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    whole = late.read_bytes()
+    late.write_bytes(whole[:-12] + chunk + whole[-12:])
+    with Image.open(late) as image:
+        assert image.getexif()[0x0112] == 3
+    return [
+        saved(folder / "text.png", pixels, pnginfo=text),
+        saved(folder / "xmp.png", pixels, pnginfo=xmp),
+        late,
+    ]
 
 
 def bomb(folder, side):
@@ -261,7 +293,7 @@ class TestPictures:
         assert loaded.pixels_CHW[:, 0, 0].tolist() == [255, 0, 0]
         assert loaded.changes == ("CMYK converted to RGB",)
 
-    @pytest.mark.parametrize("name", ["p.jpg", "p.png", "p.webp"])
+    @pytest.mark.parametrize("name", ["p.jpg", "p.png", "p.webp", "p.avif"])
     def test_exif_turns_a_picture_upright(self, tmp_path, name):
         pixels = np.zeros((WIDTH, HEIGHT, 3), np.uint8)
         pixels[: WIDTH // 2] = 255
@@ -274,6 +306,40 @@ class TestPictures:
         assert loaded.changes == ("turned upright from EXIF orientation 6",)
         assert loaded.pixels_CHW[0, :, 0].max() < 10
         assert loaded.pixels_CHW[0, :, -1].min() > 245
+
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+    @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
+    def test_tiff_of_every_mode_is_upright(self, tmp_path, pictures, mode, orientation):
+        image = Image.fromarray(channels_last(pictures[0]))
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257)
+        image = image.convert(mode)
+        image.save(tmp_path / "plain.tiff")
+        image.save(tmp_path / "turned.tiff", tiffinfo={0x0112: orientation})
+        turned = {
+            1: np.asarray,
+            3: lambda pixels: pixels[::-1, ::-1],
+            5: lambda pixels: pixels.swapaxes(0, 1),
+            6: lambda pixels: pixels.swapaxes(0, 1)[:, ::-1],
+            7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+            8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
+        }[orientation]
+        plain_HWC = decoded(tmp_path / "plain.tiff")
+        np.testing.assert_array_equal(decoded(tmp_path / "turned.tiff"), turned(plain_HWC))
+
+    def test_orientation_behind_the_pixels_of_a_png_does_not_count(self, tmp_path):
+        for path in late_orientations(tmp_path):
+            loaded = load_picture(path, COLOR)
+            assert loaded.changes == ()
+            assert (loaded.pixels_CHW[:, 0, 0] == 200).all()
+
+    def test_the_transparent_value_of_16_bits_is_black(self, tmp_path):
+        values = np.full((HEIGHT, WIDTH), 51400, np.uint16)
+        values[0, 0] = 3000
+        loaded = load_picture(saved(tmp_path / "p.png", values, transparency=3000), GREY)
+        assert loaded.pixels_CHW[0, 0, 0] == 0
+        assert (loaded.pixels_CHW.reshape(-1)[1:] == 200).all()
+        assert loaded.changes == ("16-bit values scaled to 8 bits", "transparency laid on black")
 
     def test_the_first_frame_of_several(self, tmp_path):
         frames = [Image.new("L", (WIDTH, HEIGHT), value) for value in (10, 200)]
@@ -426,7 +492,14 @@ class TestRunner:
         clear = np.dstack([color, color[..., 0]])
         deep = large[..., 0].astype(np.uint16) * 257
         Image.fromarray(large).quantize(16).save(folder / "palette.png")
+        turned = {"tiffinfo": {0x0112: 6}}
         return [
+            *late_orientations(folder),
+            saved(folder / "turned.avif", large, exif=exif),
+            saved(folder / "turned.png", large, exif=exif),
+            saved(folder / "turned.tiff", large[..., 1], **turned),
+            saved(folder / "clear.tiff", np.kron(clear, np.ones((2, 3, 1), np.uint8)), **turned),
+            saved(folder / "one_clear.png", deep, transparency=int(deep[0, 0])),
             folder / "palette.png",
             saved(folder / "color.png", color),
             saved(folder / "large.png", large),
@@ -491,12 +564,73 @@ class TestRunner:
         model.write_bytes(data)
         assert self.refused(package, files[0]) == (
             "the package cannot be used: artifacts/onnx-float32/student.onnx was changed; "
-            "get the package again"
+            "expected the files of the manifest, unchanged. Get the package again."
         )
         model.unlink()
         assert "student.onnx" in self.refused(package, files[0])
         (package / "manifest.json").write_text("{")
         assert self.refused(package, files[0]).startswith("the package cannot be used: ")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda values: values["class_names"].reverse(),
+            lambda values: values["preprocessing"].update(resize="stretch"),
+            lambda values: values.pop("content_sha256"),
+        ],
+    )
+    def test_a_changed_manifest_is_refused(self, folder_package, files, tmp_path, change):
+        package = shutil.copytree(folder_package, tmp_path / "p")
+        values = json.loads((package / "manifest.json").read_text())
+        change(values)
+        (package / "manifest.json").write_text(json.dumps(values))
+        said = self.refused(package, files[0])
+        assert said.startswith("the package cannot be used: ")
+        assert "manifest.json was changed; expected" in said or "content_sha256" in said
+
+    def test_another_number_of_classes_is_refused(self, artifacts, packed, tmp_path, files):
+        for names in (CLASS_NAMES[:3], (*CLASS_NAMES, "more")):
+            wrong = dataclasses.replace(packed, class_names=names)
+            write_package(tmp_path / "p", artifacts, wrong, overwrite=True)
+            said = self.refused(tmp_path / "p", files[0])
+            assert f"the network's answer is not {len(names)} finite numbers; expected" in said
+
+    def test_an_answer_that_is_not_finite_is_refused(self, artifacts, packed, tmp_path, files):
+        import onnx
+        from onnx import numpy_helper
+
+        broken = onnx.load(artifacts[0].path)
+        last = next(one for one in broken.graph.initializer if one.data_type == 1)
+        values = np.full_like(numpy_helper.to_array(last), np.nan)
+        last.CopyFrom(numpy_helper.from_array(values, last.name))
+        onnx.save(broken, tmp_path / "student.onnx")
+        write_package(tmp_path / "p", [dataclasses.replace(artifacts[0], folder=tmp_path)], packed)
+        assert "finite numbers" in self.refused(tmp_path / "p", files[0])
+
+    def test_it_says_how_it_is_used(self, folder_package):
+        assert self.refused(folder_package) == "usage: python run.py PICTURE ..."
+
+    def test_what_predict_refuses_is_refused(self, folder_package, tmp_path, pictures):
+        image = Image.fromarray(channels_last(pictures[0]))
+        image.save(tmp_path / "p.eps")
+        image.save(tmp_path / "p.pcx")
+        saved(tmp_path / "p.tiff", np.zeros((HEIGHT, WIDTH), np.float32))
+        for name in ("p.eps", "p.pcx", "p.tiff"):
+            with pytest.raises(DataError):
+                load_picture(tmp_path / name, COLOR)
+            said = self.refused(folder_package, tmp_path / name)
+            assert "floating-point" in said if name == "p.tiff" else "cannot identify" in said
+            assert said.endswith("Save it again as PNG or JPEG.")
+
+    def test_class_names_reach_any_output(self, folder_package, files):
+        done = subprocess.run(
+            [sys.executable, str(folder_package / "run.py"), *map(str, files)],
+            capture_output=True,
+            check=False,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert rb"gr\xf6\xdfer" in done.stdout
 
     # Of fewer pixels than about 179 million Pillow by itself only warns.
     @pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 10, 30_000])
@@ -527,7 +661,7 @@ class TestRunner:
         assert "Traceback" not in said
 
     def test_it_is_short(self, folder_package):
-        assert len((folder_package / "run.py").read_text().splitlines()) <= 45
+        assert len((folder_package / "run.py").read_text().splitlines()) <= 72
 
 
 def test_the_package_part_of_the_tree_is_light():

@@ -24,7 +24,7 @@ from understudy.data.scan import Scan
 from understudy.progress import log
 from understudy.runtime import num_usable_cores
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 FACTS_NAME = "facts.json"
 PIXELS_NAME = "images_NCHW.npy"
 CHUNK_BYTES = 8 << 20

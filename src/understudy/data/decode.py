@@ -29,6 +29,7 @@ MAX_PIXELS = 50_000_000
 GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 SIXTEEN_BIT_MODES = frozenset({"I", "I;16", "I;16L", "I;16B", "I;16N"})
 SIDEWAYS = frozenset({5, 6, 7, 8})
+WITH_EXIF_HEADER = frozenset({"JPEG", "MPO", "WEBP"})
 SAMPLE_ID_BYTES = 16
 # What becomes of a picture of another size than a network's.
 ResizeRule = Literal["shorter_side_center_crop", "stretch"]
@@ -74,7 +75,7 @@ def read_header(encoded: Encoded) -> Header:
     """Return a picture's header without decoding it. Raises BrokenImageError."""
     with _opened(encoded) as image:
         width, height = image.size
-        if _orientation(image) in SIDEWAYS:
+        if exif_orientation(image) in SIDEWAYS:
             width, height = height, width
         return Header(height, width, image.mode in GREY_MODES)
 
@@ -87,7 +88,7 @@ def decode_into(pixels_CHW: Pixels, encoded: Encoded, *, resize: bool) -> None:
     """
     num_channels, height, width = pixels_CHW.shape
     with _opened(encoded) as image:
-        shown = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+        shown = ImageOps.exif_transpose(image) if exif_orientation(image) > 1 else image
         converted = _in_mode(shown, "L" if num_channels == 1 else "RGB")
         if converted.size != (width, height):
             if not resize:
@@ -112,7 +113,9 @@ def _opened(encoded: Encoded) -> Iterator[Image.Image]:
     if encoded is None:
         raise BrokenImageError("there is no image")
     try:
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+        # Not by its path: Pillow maps some TIFF files into memory then, and turns them wrongly.
+        file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded.open("rb")
+        with file, Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImageError(
                     f"{image.height}x{image.width} pixels are more than the {MAX_PIXELS:,} allowed"
@@ -131,13 +134,15 @@ def _opened(encoded: Encoded) -> Iterator[Image.Image]:
         raise BrokenImageError(f"it cannot be decoded ({text})") from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the Exif orientation (1 is upright) that Pillow has not applied itself."""
-    if image.format in ("TIFF", "AVIF"):
-        return 1
-    # getexif decodes the whole picture of formats that seldom have a header entry for it.
-    if image.format in ("JPEG", "MPO", "WEBP") or "exif" in image.info:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation (1 to 8, 1 is upright) of a picture that is not decoded yet.
+
+    What follows the pixels of a PNG, and its text in place of EXIF, does not count: a header must
+    do to tell the size. Of a TIFF it is always 1, because Pillow turns it by itself.
+    """
+    if image.format != "TIFF" and (image.format in WITH_EXIF_HEADER or "exif" in image.info):
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(found) if found in range(2, 9) else 1
     return 1
 
 
@@ -160,4 +165,6 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
     """Return a 16-bit grey picture as "L", scaled 0..65535 to 0..255 (Pillow itself would clip)."""
     values_HW = np.asarray(image).astype(np.int64).clip(0, 65535)
+    # In PNG one value may be transparent.
+    values_HW[values_HW == image.info.get("transparency", -1)] = 0
     return Image.fromarray(((values_HW + 128) // 257).astype(np.uint8))

@@ -114,7 +114,8 @@ class Preprocessing(Section):
     """How a picture becomes the network's input: float32 [n, C, H, W].
 
     A picture is turned upright by its EXIF orientation, what is transparent is laid on black,
-    16-bit values are scaled to 8 bits, then the colours are converted, then the size and range.
+    16-bit grey values are scaled to 8 bits (of 16-bit colours the upper 8 bits are taken), then the
+    colours are converted, then the size and range.
 
     Attributes:
         resize: what happens to a picture of another size. "shorter_side_center_crop" brings the

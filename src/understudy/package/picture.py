@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from understudy.data.decode import (
     GREY_MODES,
@@ -21,6 +21,7 @@ from understudy.data.decode import (
     SIXTEEN_BIT_MODES,
     BrokenImageError,
     decode_into,
+    exif_orientation,
     quiet_decoding,
     read_header,
 )
@@ -36,9 +37,6 @@ MAX_FILE_BYTES = 256 << 20
 FORMATS = frozenset(
     "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP".split()  # noqa: SIM905
 )
-WITH_EXIF_HEADER = frozenset({"JPEG", "MPO", "WEBP"})
-# Pillow turns these upright itself.
-ALREADY_UPRIGHT = frozenset({"TIFF", "AVIF"})
 
 
 @dataclass(frozen=True)
@@ -206,16 +204,12 @@ def _look(path: Path, preprocessing: Preprocessing) -> list[str]:
             changes = []
             if getattr(image, "is_animated", False):
                 changes.append("first frame taken")
-            orientation = 1
-            if image.format not in ALREADY_UPRIGHT and (
-                image.format in WITH_EXIF_HEADER or "exif" in image.info
-            ):
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            if orientation in range(2, 9):
+            orientation = exif_orientation(image)
+            if orientation > 1:
                 changes.append(f"turned upright from EXIF orientation {orientation}")
             if image.mode in SIXTEEN_BIT_MODES:
                 changes.append("16-bit values scaled to 8 bits")
-            elif image.has_transparency_data:
+            if image.has_transparency_data:
                 changes.append("transparency laid on black")
             is_grey = image.mode in GREY_MODES
             if is_grey != (preprocessing.color_order == "GRAY") or image.mode in ("CMYK", "YCbCr"):
