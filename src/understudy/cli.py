@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ from understudy.errors import (
     InputError,
     MissingExtraError,
     UnderstudyError,
+    shown_problem,
 )
 from understudy.progress import setup_logging
 
@@ -84,6 +86,10 @@ OutOption = Annotated[
 
 def main() -> None:
     """Run the command line: one clear message for what went wrong, and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # Names of classes and files hold what not every terminal's encoding has.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     setup_logging()
     # Threads that wait by spinning take the cores from whatever else runs: two threads beside one
     # other job were three times slower that way. Read when torch is imported, so set before.
@@ -98,7 +104,7 @@ def main() -> None:
         sys.exit(code)
     except UnderstudyError as error:
         for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {shown_problem(line)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)

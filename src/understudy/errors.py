@@ -10,11 +10,23 @@ EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_BUDGET_MISSED = 3
 EXIT_INTERRUPTED = 130
+MAX_SHOWN_LENGTH = 4000
 
 
 def problem(given: str, *, expected: str, mend: str) -> str:
     """Return one problem as a sentence in the house form: given; expected; how to mend it."""
     return f"{given}; expected {expected}. {mend}"
+
+
+def printable(text: str) -> str:
+    """Return a text that cannot steer a terminal: what does not print is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown_problem(text: str) -> str:
+    """Return a problem for the terminal, cut to a length: it may quote a file from anywhere."""
+    cut = text if len(text) <= MAX_SHOWN_LENGTH else f"{text[:MAX_SHOWN_LENGTH]} ..."
+    return "\n".join(map(printable, cut.split("\n")))
 
 
 class UnderstudyError(Exception):

@@ -492,6 +492,12 @@ class TestDamagedFolder:
             (lambda v: v.update(default_artifact="c-int8"), "'c-int8' is not in the table"),
             (lambda v: v["files"].pop("run.py"), "no hash of run.py"),
             (lambda v: v["files"]["run.py"].update(bytes=-1), "greater than or equal to 0"),
+            (lambda v: v["files"]["run.py"].update(bytes=int("9" * 4300)), "run.py.bytes: .*less"),
+            (lambda v: v["artifacts"][0].update(size_bytes="12"), "size_bytes: .*valid integer"),
+            (lambda v: v["artifacts"][0].update(opens=7), "opens: .*string"),
+            (lambda v: v["files"].update({"ö" * 128: v["files"]["run.py"]}), "more than 255 bytes"),
+            (lambda v: v.update(default_artifact="\x1b[2J"), "default_artifact: has control"),
+            (lambda v: v.update({"\x1b[2J\n": 1}), r"json, \\x1b\[2J\\n: Extra inputs"),
             (lambda v: v["artifacts"].clear(), "at least 1 item"),
             (lambda v: v["artifacts"][0].update(opens="other"), "opens 'other'"),
             (lambda v: v["artifacts"][0].update(folder="/etc"), "it is absolute"),
@@ -509,6 +515,11 @@ class TestDamagedFolder:
     def test_a_manifest_that_does_not_fit(self, copy, change, message):
         resealed(copy, change)
         with pytest.raises(InputError, match=message):
+            read_package(copy)
+
+    def test_a_version_of_any_length_is_shown_in_short(self, copy):
+        resealed(copy, lambda values: values.update(schema_version="9" * 1_000_000))
+        with pytest.raises(InputError, match=r"schema version '9{39}; expected version 1"):
             read_package(copy)
 
     @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"7"])
@@ -666,6 +677,20 @@ class TestDamagedZip:
         with pytest.raises(InputError, match=r"run.py (cannot be unpacked|was changed)"):
             read_package(path)
 
+    @pytest.mark.parametrize("name", ["manifest.json", "run.py"])
+    @pytest.mark.parametrize("offset", [1 << 62, (1 << 64) - 1])
+    def test_a_member_that_begins_nowhere(self, zip_package, monkeypatch, name, offset):
+        """Zip64 headers have room for such offsets."""
+        whole = zipfile.ZipFile.open
+
+        def misplaced(archive, member, *arguments, **options):
+            archive.getinfo(name).header_offset = offset
+            return whole(archive, member, *arguments, **options)
+
+        monkeypatch.setattr(zipfile.ZipFile, "open", misplaced)
+        with pytest.raises(InputError, match="cannot be unpacked"):
+            read_package(zip_package)
+
     def test_too_many_files(self, zip_package, tmp_path, monkeypatch):
         monkeypatch.setattr(reading, "MAX_FILES", 3)
         with pytest.raises(InputError, match="at most 3 files"):
@@ -677,6 +702,10 @@ class TestNoPackage:
     def test_nothing_there(self, tmp_path, name):
         with pytest.raises(InputError, match="there is no file or folder"):
             read_package(tmp_path / name)
+
+    def test_a_name_that_no_file_can_have(self, tmp_path):
+        with pytest.raises(InputError, match="is too long a name"):
+            read_package(tmp_path / ("x" * 300))
 
     def test_another_file(self, tmp_path):
         (tmp_path / "p.zip").write_text("PK but no zip")
@@ -704,7 +733,7 @@ def test_safe_names(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "/a", "a/", "a//b", "..", "a/../b", "a\0b", "a\nb", "x" * 999]
+    "name", ["", "/a", "a/", "a//b", "..", "a/../b", "a\0b", "a\nb", "x" * 999, "ö" * 128]
 )
 def test_unsafe_names(name):
     assert unsafe_name(name) is not None

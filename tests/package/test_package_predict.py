@@ -382,6 +382,10 @@ class TestBadPictures:
         with pytest.raises(DataError, match="expected a picture file of at most 256 MB"):
             load_picture(tmp_path / "huge.png", COLOR)
 
+    def test_a_name_that_no_file_can_have(self, tmp_path):
+        with pytest.raises(DataError, match=r"cannot be looked at \(File name too long\)"):
+            load_picture(tmp_path / ("x" * 300), COLOR)
+
     def test_a_pipe_is_not_waited_for(self, tmp_path):
         os.mkfifo(tmp_path / "pipe.png")
         with pytest.raises(DataError, match="is not a file"):
@@ -448,6 +452,29 @@ class TestCommand:
         text = predict_command(str(zip_package), [path], top=1, artifact=None, as_json=False)
         assert "\x1b" not in text
         assert r"a\x1b[2Jb.png" in text
+
+    def understudy(self, *arguments):
+        """Run the command on a terminal that knows ASCII alone."""
+        return subprocess.run(
+            [sys.executable, "-m", "understudy", "predict", *map(str, arguments)],
+            capture_output=True,
+            check=False,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        )
+
+    def test_class_names_reach_any_output(self, zip_package, files):
+        done = self.understudy(zip_package, files[0], "--top", "4")
+        assert done.returncode == 0, done.stderr
+        assert rb"gr\xf6\xdfer" in done.stdout
+
+    def test_errors_cannot_steer_the_terminal(self, zip_package, tmp_path):
+        done = self.understudy(zip_package, tmp_path / "a\x1b[2Jb.png", "y" * 5000)
+        assert done.returncode == 2
+        first, second = done.stderr.splitlines()
+        assert first.startswith(b"error: there is no file ")
+        assert rb"a\x1b[2Jb.png" in first
+        assert second.startswith(b"error: yyy")
+        assert len(second) < 4100
 
     def test_it_works_where_only_the_runtime_is_installed(self, zip_package, files):
         """Nothing that comes with training can be imported in this process."""

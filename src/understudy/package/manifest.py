@@ -22,13 +22,14 @@ from pydantic import (
 
 from understudy.artifacts import content_hash
 from understudy.data.decode import ResizeRule
-from understudy.errors import InputError, problem
+from understudy.errors import InputError, printable, problem
 from understudy.settings import Section
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_NAME_LENGTH = 240
+MAX_PART_BYTES = 255  # of most file systems
 MAX_TITLE_LENGTH = 200
 
 FETCH_AGAIN = "Get the package again from where it came, or write it again."
@@ -49,6 +50,8 @@ def unsafe_name(name: str) -> str | None:
         return "it is absolute"
     if any(part in ("", ".", "..") for part in name.split("/")):
         return "it has an empty part, '.' or '..'"
+    if any(len(part.encode()) > MAX_PART_BYTES for part in name.split("/")):
+        return f"it has a part of more than {MAX_PART_BYTES} bytes"
     return None
 
 
@@ -71,13 +74,15 @@ Title = Annotated[str, Field(min_length=1, max_length=MAX_TITLE_LENGTH), AfterVa
 Word = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,40}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=1 << 16)]
+# More digits than Python writes out could stand in a file.
+NumBytes = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
 class FileEntry(Section):
     """One file of the package."""
 
     sha256: Sha256
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: NumBytes
 
 
 class ArtifactEntry(Section):
@@ -97,7 +102,7 @@ class ArtifactEntry(Section):
     folder: FileName
     opens: FileName
     files: list[FileName]
-    size_bytes: Annotated[int, Field(ge=0)]
+    size_bytes: NumBytes
     batch: Literal["any", "one"]
     runtime: FileName | None
     measured: dict[str, JsonValue]
@@ -151,7 +156,7 @@ class Manifest(Section):
     made_by: Title
     class_names: Annotated[list[Title], Field(min_length=1)]
     preprocessing: Preprocessing
-    default_artifact: str
+    default_artifact: Title
     artifacts: Annotated[list[ArtifactEntry], Field(min_length=1)]
     runners: dict[Word, FileName]
     notes: list[str]
@@ -246,6 +251,7 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     """
     try:
         values = json.loads(data)
+        text = json.dumps(values)
     # Deep nesting ends in RecursionError, bytes that are no text in a ValueError.
     except (ValueError, RecursionError) as error:
         raise InputError(
@@ -260,13 +266,13 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise InputError(
             problem(
-                f"{where}: {MANIFEST_NAME} has schema version {version!r}",
+                f"{where}: {MANIFEST_NAME} has schema version {version!r:.40}",
                 expected=f"version {SCHEMA_VERSION}",
                 mend="Install the version of understudy that wrote the package.",
             )
         )
     try:
-        manifest = Manifest.model_validate(values)
+        manifest = Manifest.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise InputError(*validation_problems(error, where)) from None
     sealed = {key: value for key, value in values.items() if key != "content_sha256"}
@@ -293,7 +299,7 @@ def validation_problems(error: ValidationError, where: str) -> list[str]:
     """Return what is wrong with a manifest, one sentence a field."""
     sentences = []
     for one in error.errors(include_url=False, include_input=False):
-        place = ".".join(str(part) for part in one["loc"]) or MANIFEST_NAME
+        place = printable(".".join(str(part) for part in one["loc"])) or MANIFEST_NAME
         reason = re.sub(r"^Value error, ", "", one["msg"])
         sentences.append(
             problem(

@@ -179,12 +179,16 @@ def _last(pixels_CHW: Pixels) -> Pixels:
 
 def _check_file(path: Path) -> None:
     given = None
-    if not path.exists():
-        given = f"there is no file {path}"
-    elif not path.is_file():
-        given = f"{path} is not a file"
-    elif path.stat().st_size > MAX_FILE_BYTES:
-        given = f"{path} has {path.stat().st_size:,} bytes"
+    try:
+        if not path.exists():
+            given = f"there is no file {path}"
+        elif not path.is_file():
+            given = f"{path} is not a file"
+        elif path.stat().st_size > MAX_FILE_BYTES:
+            given = f"{path} has {path.stat().st_size:,} bytes"
+    # A name of too many characters, or a folder that may not be entered.
+    except OSError as error:
+        given = f"{path} cannot be looked at ({error.strerror})"
     if given:
         raise DataError(
             problem(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from understudy.errors import InputError, ModelError, problem
+from understudy.errors import InputError, ModelError, printable, problem
 from understudy.export import runtimes
 from understudy.package.manifest import CODE_TARGETS, ArtifactEntry
 from understudy.package.picture import (
@@ -143,7 +143,7 @@ def predictions_text(predictions: Sequence[Prediction]) -> str:
     lines = []
     for prediction in predictions:
         guesses = ", ".join(f"{g.class_name} {g.probability:.1%}" for g in prediction.guesses)
-        lines.append(f"{_shown(prediction.picture)}: {guesses}")
+        lines.append(f"{printable(prediction.picture)}: {guesses}")
         lines += [f"  {change}" for change in prediction.changes]
     return "\n".join(lines)
 
@@ -281,8 +281,3 @@ def _logits(
             )
         )
     return logits_NK
-
-
-def _shown(text: str) -> str:
-    """Return a file name that cannot steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

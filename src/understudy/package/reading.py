@@ -5,6 +5,7 @@ Nothing in a package is run by reading it: the scripts in it are for those who h
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -15,7 +16,7 @@ import weakref
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
@@ -116,11 +117,17 @@ def read_package(path: Path, *, max_bytes: int = MAX_PACKAGE_BYTES) -> Package:
         InputError: with every file that is missing, changed, too many or badly named.
     """
     path = Path(path)
-    if path.is_dir():
-        return _read_folder(path, max_bytes)
-    if path.is_file() and zipfile.is_zipfile(path):
-        return _read_zip(path, max_bytes)
-    given = f"{path} is not a zip file" if path.exists() else f"there is no file or folder {path}"
+    try:
+        if path.is_dir():
+            return _read_folder(path, max_bytes)
+        if path.is_file() and zipfile.is_zipfile(path):
+            return _read_zip(path, max_bytes)
+        is_there = path.exists()
+        given = f"{path} is not a zip file" if is_there else f"there is no file or folder {path}"
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        given = f"{path} is too long a name"
     raise InputError(
         problem(
             given,
@@ -199,7 +206,7 @@ def _read_zip(path: Path, max_bytes: int) -> Package:
             if MANIFEST_NAME not in members:
                 raise InputError(_no_manifest(path))
             _check_manifest_size(path, members[MANIFEST_NAME].file_size)
-            data = archive.read(MANIFEST_NAME)
+            data = b"".join(_chunks(archive, MANIFEST_NAME))
             manifest = parse_manifest(data, where=str(path))
             _check_total(manifest, max_bytes, where=path)
             _check_members(path, members, manifest)
@@ -287,8 +294,8 @@ def _unpack(path: Path, archive: zipfile.ZipFile, manifest: Manifest, folder: Pa
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
         try:
-            with archive.open(name) as member, target.open("xb") as file:
-                while chunk := member.read(CHUNK_BYTES):
+            with target.open("xb") as file:
+                for chunk in _chunks(archive, name):
                     digest.update(chunk)
                     file.write(chunk)
         except DAMAGE as error:
@@ -303,6 +310,16 @@ def _unpack(path: Path, archive: zipfile.ZipFile, manifest: Manifest, folder: Pa
         if digest.hexdigest() != entry.sha256:
             problems.append(_changed(path, name, digest.hexdigest(), entry.sha256))
     return problems
+
+
+def _chunks(archive: zipfile.ZipFile, name: str) -> Iterator[bytes]:
+    """Yield the bytes of a member. One that begins where no file ends is damaged, too."""
+    try:
+        with archive.open(name) as member:
+            while chunk := member.read(CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        raise zipfile.BadZipFile(str(error)) from None
 
 
 def _check_manifest_size(where: Path, num_bytes: int) -> None:
