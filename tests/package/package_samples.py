@@ -52,7 +52,8 @@ def card(**changes):
         "intended_use": ["Sorting pictures of a garden."],
         "limits": ["Not for cats."],
         "versions": {"understudy": "0.1.0"},
-        "hardware": {"processor": "one | other", "num_cores": 2},
+        "hardware": {"processor": "one | other", "num_cores": 2, "memory_bytes": 8347123712},
+        "measured_on": ["onnx-int8: measured on two | others."],
         "commands": ["understudy distill garden"],
     }
     return ModelCard(**{**values, **changes})

@@ -75,6 +75,10 @@ def test_values_carry_their_units():
     assert "| `onnx-int8` | 12.3 kB | 50.00% | 0.25 ms | `runtimes/onnx.py` |" in files
     assert "- `onnx-int8`: Slower than float32." in files
     assert "- There is no runner in C." in files
+    assert r"- onnx-int8: measured on two \| others." in files
+    made = section(text, "How it was made")
+    assert made.startswith("The student was trained with these versions, on this machine:")
+    assert "| Memory | 8,347.1 MB |" in made
 
 
 def test_scores_of_classes_and_groups():

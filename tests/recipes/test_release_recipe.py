@@ -26,8 +26,16 @@ from understudy.recipes.compressed import calibration_images, prepared_network
 from understudy.recipes.compression_report import compression_values
 from understudy.recipes.export import parity_pictures, parity_section
 from understudy.recipes.job import open_run
-from understudy.recipes.package_contents import model_card, shipped_metrics
+from understudy.recipes.package_contents import (
+    limits_of,
+    measured_on,
+    model_card,
+    release_version,
+    shipped_metrics,
+    summary_of,
+)
 from understudy.recipes.prune_step import leave_gradients
+from understudy.recipes.release_settings import ReleaseSection
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
 
@@ -164,6 +172,66 @@ def test_the_card_scores_the_network_that_ships_where_no_files_were_run(released
     assert metrics["accuracy"] == pytest.approx(int8.payload["metrics"]["accuracy"], abs=0.01)
     card = model_card(opened, [unrun], {}, {})
     assert card.metrics["measured in"].startswith("PyTorch")
+    assert card.data["licence"] is None
+    assert card.hardware["memory_bytes"] == run.record("student").hardware["memory_bytes"]
+
+
+def artifact_record(target, **changes):
+    values = {
+        "kind": f"artifact-{target}-int8",
+        "key": target,
+        "seed": 0,
+        "payload": {"target": target, "precision": "int8"},
+        "versions": {"python": "3.11", "onnxruntime": "1.2"},
+        "hardware": {"processor": "Z80", "machine": "z", "num_cores": 2, "memory_bytes": 64_000},
+    }
+    return Record(**{**values, **changes})
+
+
+def test_the_version_is_of_all_that_ships():
+    one, two = artifact_record("onnx"), artifact_record("c")
+    plain = ReleaseSection()
+    versions = {
+        release_version([one], plain),
+        release_version([one, two], plain),
+        release_version([one], ReleaseSection(licence="MIT")),
+        release_version([one], ReleaseSection(intended_use="Gardens.")),
+    }
+    assert len(versions) == 4
+    other_machine = artifact_record("onnx", hardware={}, versions={})
+    assert release_version([other_machine], plain) == release_version([one], plain)
+
+
+def test_a_card_says_where_the_files_were_measured():
+    records = [
+        artifact_record("onnx"),
+        artifact_record("c"),
+        artifact_record("tflm", hardware={"processor": "6502"}),
+    ]
+    assert measured_on(records) == [
+        "onnx-int8, c-int8: measured on Z80, Number of cores 2, Memory 64.0 kB; "
+        "python 3.11, onnxruntime 1.2.",
+        "tflm-int8: measured on 6502; python 3.11, onnxruntime 1.2.",
+    ]
+
+
+def test_a_summary_says_that_it_is_cut():
+    names = [f"c{number}" for number in range(22)]
+    assert summary_of((3, 4, 5), names[:20]).endswith(
+        "into 20 classes: " + ", ".join(names[:20]) + "."
+    )
+    assert summary_of((3, 4, 5), names).endswith(", c19 and 2 more.")
+
+
+def test_limits_name_the_classes_that_no_test_picture_shows():
+    limits = limits_of({"per_class_accuracy": [0.5, None, 0.25]}, ("a", "b", "c"))
+    assert limits[:2] == [
+        "The worst class is c: 25.00% of its test pictures are right.",
+        "No test picture shows one of these classes: b.",
+    ]
+    assert not any(
+        "shows one of" in one for one in limits_of({"per_class_accuracy": [1.0]}, ("a",))
+    )
 
 
 def test_files_name_what_made_their_network_and_not_what_ships_beside_it(released):

@@ -56,7 +56,8 @@ class ModelCard:
         calibration: expected calibration error, Brier score, negative log-likelihood.
         budget: rows as ``BudgetRow.to_json`` gives them.
         limits: sentences on what is known not to work.
-        versions, hardware: of the machine that made the student.
+        versions, hardware: of the machine that trained the student.
+        measured_on: sentences on the machines that measured the files.
         commands: how to make it again.
     """
 
@@ -74,6 +75,7 @@ class ModelCard:
     limits: Sequence[str] = ()
     versions: Facts = field(default_factory=dict)
     hardware: Facts = field(default_factory=dict)
+    measured_on: Sequence[str] = ()
     commands: Sequence[str] = ()
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from understudy import __version__
-from understudy.artifacts import Record
+from understudy.artifacts import Record, content_hash
 from understudy.evaluate.accuracy import evaluate_logits, predict_logits
 from understudy.evaluate.budget import BudgetRow
-from understudy.package.card import ModelCard, ScoreRow
+from understudy.package.card import ModelCard, ScoreRow, shown_value, words
 from understudy.package.statistics import reference_statistics
 from understudy.package.writing import PackageContents
 from understudy.recipes.artifacts import answers, artifact_of
@@ -19,7 +19,11 @@ from understudy.recipes.compressed import KIND, export_source, last_network, res
 from understudy.recipes.compression_report import single_picture
 from understudy.recipes.members import teacher_name
 from understudy.recipes.networks import model_section
+from understudy.recipes.release_settings import ReleaseSection
 from understudy.recipes.run import Run
+
+# So many classes are named; the card lists all beside their scores.
+NUM_NAMES = 20
 
 
 def package_contents(
@@ -38,7 +42,7 @@ def package_contents(
     logits_NK = shipped_logits(run, records, indices_N).numpy()
     return PackageContents(
         name=run.recipe.name,
-        version=records[0].hash[:12],
+        version=release_version(records, run.recipe.release),
         created=records[0].created,
         class_names=run.source.class_names,
         image_shape=run.source.image_shape,
@@ -47,6 +51,13 @@ def package_contents(
         resize=resize_rule(run),
         measured={artifact_name(record): measured_facts(record) for record in records},
     )
+
+
+def release_version(records: Sequence[Record], section: ReleaseSection) -> str:
+    """Return a version that differs where files, licence or intended use do."""
+    return content_hash(
+        [[record.hash for record in records], section.licence, section.intended_use]
+    )[:12]
 
 
 def shipped_first(records: Sequence[Record]) -> Record:
@@ -135,13 +146,13 @@ def model_card(
     ]
     student = run.parent("student", "train")
     return ModelCard(
-        summary=f"Classifies pictures of {source.image_shape[2]} x {source.image_shape[1]} pixels "
-        f"into {len(source.class_names)} classes: {', '.join(source.class_names[:20])}.",
+        summary=summary_of(source.image_shape, source.class_names),
         licence=recipe.release.licence,
         data={
             "source": recipe.data.source,
             "fingerprint": split["fingerprint"],
             **{f"{name} samples": number for name, number in split["num_samples"].items()},
+            "licence": None,  # a recipe names none
         },
         teacher=teacher,
         student={
@@ -164,9 +175,40 @@ def model_card(
             *(f"{name} was asked for and is not here: {why}" for name, why in failed.items()),
         ],
         versions=student.versions,
-        hardware={name: str(value) for name, value in student.hardware.items()},
+        hardware=student.hardware,
+        measured_on=measured_on(records),
         commands=[f"understudy release recipe.yaml  # understudy {__version__}"],
     )
+
+
+def summary_of(image_shape: tuple[int, int, int], class_names: Sequence[str]) -> str:
+    """Return what the model does, with the names of its first classes."""
+    return (
+        f"Classifies pictures of {image_shape[2]} x {image_shape[1]} pixels "
+        f"into {len(class_names)} classes: {_first(class_names)}."
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - NUM_NAMES} more" if len(names) > NUM_NAMES else ""
+    return ", ".join(names[:NUM_NAMES]) + more
+
+
+def measured_on(records: Sequence[Record]) -> list[str]:
+    """Return the machine and versions of every artifact's measurements, equal ones once."""
+    names: dict[str, list[str]] = {}
+    for record in records:
+        machine = [
+            str(value) if name in ("processor", "system", "gpu") else f"{words(name)} {cell}"
+            for name, value in record.hardware.items()
+            if name != "machine" and (cell := shown_value(value, name))
+        ]
+        versions = [f"{name} {version}" for name, version in record.versions.items()]
+        names.setdefault(f"{', '.join(machine)}; {', '.join(versions)}", []).append(
+            artifact_name(record)
+        )
+    return [f"{', '.join(found)}: measured on {where}." for where, found in names.items()]
 
 
 def limits_of(metrics: Mapping[str, Any], class_names: Sequence[str]) -> list[str]:
@@ -177,8 +219,11 @@ def limits_of(metrics: Mapping[str, Any], class_names: Sequence[str]) -> list[st
         if accuracy is not None
     ]
     worst, name = min(known)
+    unseen = [one for one in class_names if one not in {name for _, name in known}]
+    untested = [f"No test picture shows one of these classes: {_first(unseen)}."] if unseen else []
     return [
         f"The worst class is {name}: {worst:.2%} of its test pictures are right.",
+        *untested,
         "Every picture gets one of these classes, also one that shows none of them.",
         "Figures are those of the test split; other cameras, light or framing were not tested.",
     ]
