@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageCms
 from torch import nn
 
+from understudy.artifacts import canonical_json
 from understudy.data.decode import MAX_PIXELS, decode_into, read_header
 from understudy.errors import DataError, InputError, ModelError
 from understudy.evaluate.browser import BROWSER_FLAGS, find_browser, serve_folder
@@ -503,6 +504,37 @@ def test_a_changed_byte_in_the_network_is_refused(
         page.close()
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [("shorter_side_center_crop", "stretch"), (CLASS_NAMES[0], "another")]
+)
+def test_a_changed_description_is_refused(
+    browser: Any, artifact: Artifact, tmp_path: Path, before: str, after: str
+) -> None:
+    folder = copied(artifact, tmp_path / "page")
+    text = json.dumps(json.loads((folder / "model.json").read_text()), ensure_ascii=False)
+    assert before in text
+    for changed in (text, text.replace(before, after)):
+        replaced(folder / "model.json", changed.encode())
+        with serve_folder(folder, QuietHandler) as origin:
+            page = watched(browser)
+            error = settled(page, f"{origin}/index.html")
+            page.close()
+        expected = "" if changed == text else "model.json was changed after it was written."
+        assert error.startswith(expected)
+        assert bool(error) == bool(expected)
+
+
+def test_the_page_hashes_the_text_that_python_does(page: Any) -> None:
+    value = {
+        "b": ["größer", '"\\\n\t\x01\x7f', "\u2028 \U0001f600"],
+        "a": {"z": None, "y": [1, True]},
+    }
+    found = page.evaluate(
+        "async (value) => (await import('./model.js')).canonicalJson(value)", value
+    )
+    assert found == canonical_json(value)
+
+
 def test_own_hash_is_sha256(page: Any) -> None:
     for size in (0, 1, 55, 56, 63, 64, 65, 1000):
         data = bytes(range(256)) * 4
@@ -529,6 +561,7 @@ def test_plain_http_from_another_machine_works(browser: Any, artifact: Artifact)
         ("model.json", None, r"model\.json cannot be fetched \(HTTP 404\)"),
         ("model.json", b"{", r"model\.json is damaged"),
         ("model.json", b'{"format": 99}', r"model\.json is of another version of this page"),
+        ("model.json", b'{"format": 3}', r"model\.json was changed after it was written"),
         ("student.onnx", None, r"student\.onnx cannot be fetched \(HTTP 404\)"),
         ("picture.js", None, r"A part of this page cannot be loaded"),
         (web.SCRIPT_NAME, None, r"The runtime cannot be loaded"),

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 from PIL import Image
 
-from understudy.artifacts import file_hash
+from understudy.artifacts import content_hash, file_hash
 from understudy.data.decode import (
     MAX_PIXELS,
     BrokenImageError,
@@ -41,7 +41,7 @@ PAGE_FILES = (
     INDEX_NAME,
 )
 DESCRIPTION_NAME = "model.json"
-DESCRIPTION_FORMAT = 2
+DESCRIPTION_FORMAT = 3
 MAX_FILE_BYTES = 64 * 2**20
 
 DEFAULT_RESIZE: ResizeRule = "shorter_side_center_crop"
@@ -66,7 +66,7 @@ def describe_model(
     resize: str,
     runtime: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what ``model.json`` holds.
+    """Return what ``model.json`` holds; ``content_sha256`` is the hash of all other fields.
 
     Args:
         model_path: the ONNX file, which lies beside the page.
@@ -86,7 +86,7 @@ def describe_model(
             )
         )
     input_name, output_name = tensor_names
-    return {
+    description = {
         "format": DESCRIPTION_FORMAT,
         "class_names": list(class_names),
         "image_shape": list(image_shape),
@@ -102,6 +102,7 @@ def describe_model(
         },
         "runtime": runtime,
     }
+    return {**description, "content_sha256": content_hash(description)}
 
 
 def picture_pixels(

@@ -5,7 +5,7 @@ import { sha256 } from './sha256.js';
 /** Why the network cannot be used, as a sentence for the reader. */
 export class ModelError extends Error {}
 
-const FORMAT = 2;
+const FORMAT = 3;
 const AGAIN = 'Export the page again, and copy its whole folder.';
 const localUrl = (name) => new URL(name, import.meta.url).href;
 
@@ -42,6 +42,20 @@ async function fetchBytes(name, numBytes, onProgress) {
   }
 }
 
+/** JSON with sorted keys, no spaces and all in ASCII: the text whose hash model.json holds. */
+export function canonicalJson(value) {
+  if (Array.isArray(value)) return `[${value.map(canonicalJson).join(',')}]`;
+  if (value !== null && typeof value === 'object') {
+    const fields = Object.keys(value).sort()
+      .map((key) => `${canonicalJson(key)}:${canonicalJson(value[key])}`);
+    return `{${fields.join(',')}}`;
+  }
+  return JSON.stringify(value).replace(
+    /[\u007f-\uffff]/g,
+    (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, '0')}`,
+  );
+}
+
 async function fetchDescription() {
   const response = await fetchLocal('model.json');
   let description;
@@ -52,6 +66,10 @@ async function fetchDescription() {
   }
   if (description?.format !== FORMAT) {
     throw new ModelError(`model.json is of another version of this page. ${AGAIN}`);
+  }
+  const { content_sha256: digest, ...content } = description;
+  if (await sha256(new TextEncoder().encode(canonicalJson(content))) !== digest) {
+    throw new ModelError(`model.json was changed after it was written. ${AGAIN}`);
   }
   return description;
 }
