@@ -139,11 +139,6 @@ def model_card(
         teacher["test accuracy"] = evaluation["metrics"]["teacher"]["test"]["accuracy"]
     counts = [sum(row) for row in metrics["confusion"]]
     scores = zip(source.class_names, metrics["per_class_accuracy"], counts, strict=True)
-    rows = [
-        {**row.to_json(), "name": f"{kind.removeprefix('artifact-')}: {row.name}"}
-        for kind, found in budget.items()
-        for row in found
-    ]
     student = run.parent("student", "train")
     return ModelCard(
         summary=summary_of(source.image_shape, source.class_names),
@@ -168,7 +163,7 @@ def model_card(
             "Brier score": metrics["brier"],
             "negative log-likelihood": metrics["nll"],
         },
-        budget=rows,
+        budget=named_rows(budget),
         intended_use=[recipe.release.intended_use] if recipe.release.intended_use else (),
         limits=[
             *limits_of(metrics, source.class_names),
@@ -179,6 +174,15 @@ def model_card(
         measured_on=measured_on(records),
         commands=[f"understudy release recipe.yaml  # understudy {__version__}"],
     )
+
+
+def named_rows(budget: Mapping[str, Sequence[BudgetRow]]) -> list[dict[str, Any]]:
+    """Return the rows of all artifacts, each with its artifact's name."""
+    return [
+        {**row.to_json(), "name": f"{kind.removeprefix('artifact-')}: {row.name}"}
+        for kind, rows in budget.items()
+        for row in rows
+    ]
 
 
 def summary_of(image_shape: tuple[int, int, int], class_names: Sequence[str]) -> str:
