@@ -458,11 +458,12 @@ class TestDamagedFolder:
             "run_c/classify",
             "runtimes/__pycache__/onnx.cpython-311.pyc",
             "artifacts/c-int8/build/native/selftest",
+            ".DS_Store",
         ],
     )
     def test_what_a_user_builds_is_no_damage(self, copy, name):
         before = read_package(copy).manifest
-        (copy / name).parent.mkdir(parents=True)
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text("")
         assert read_package(copy).manifest == before
 

@@ -227,6 +227,13 @@ def test_the_page_tells_the_share_of_the_parameters_where_they_are_limited(budge
     assert ("of its parameters used" in how(design)) == told
 
 
+def test_a_limit_with_settings_is_told_in_words():
+    latency = {"batch": 100, "threads": 1, "percentile": 95, "at_most": 50.0}
+    plan = {"families": ["resnet"], "fill": 0.5, "epochs": [1], "factor": 3}
+    design = SimpleNamespace(plan=plan, budget={"latency_ms": latency}, candidates=[], num_drawn=5)
+    assert "latency_ms 50 (batch 100 threads 1 percentile 95)" in how(design)
+
+
 def test_a_limit_on_time_that_nothing_keeps_is_told_after_a_few_measurements(
     warm, tiny_recipe, tmp_path
 ):

@@ -193,10 +193,11 @@ def unlisted_files(folder: Path, listed: Collection[str]) -> list[str]:
 
 
 def _is_built(parts: tuple[str, ...]) -> bool:
-    """Return whether a file is what ``make`` or Python put there."""
+    """Return whether a file is what ``make``, Python or a file manager put there."""
     in_build = len(parts) > 3 and parts[0] == "artifacts" and parts[2] == "build"
     is_cached = len(parts) > 1 and parts[-2] == "__pycache__" and parts[-1].endswith(".pyc")
-    return in_build or is_cached or parts == ("run_c", "classify")
+    is_litter = parts[-1] in (".DS_Store", "Thumbs.db", "desktop.ini")
+    return in_build or is_cached or is_litter or parts == ("run_c", "classify")
 
 
 def _read_zip(path: Path, max_bytes: int) -> Package:

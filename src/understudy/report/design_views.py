@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from understudy.report.charts import Chart
@@ -79,7 +80,7 @@ def headline(design: Any) -> str:
 def how(design: Any) -> str:
     """Return how candidates were found and compared."""
     plan = design.plan
-    limits = ", ".join(f"{name} {value}" for name, value in design.budget.items() if value)
+    limits = ", ".join(limit(name, value) for name, value in design.budget.items() if value)
     if design.budget.get("num_params"):
         limits += f"; at least {percent(plan['fill'], 0)} of its parameters used"
     return (
@@ -91,6 +92,14 @@ def how(design: Any) -> str:
         "Runtime. Whole training: the recipe's epochs at the measured time of a step, which is "
         "the student's alone with cross-entropy, in float32 on this machine's processor."
     )
+
+
+def limit(name: str, value: Any) -> str:
+    """Return one limit of a budget as text."""
+    if not isinstance(value, Mapping):
+        return f"{name} {value}"
+    setting = " ".join(f"{key} {value[key]}" for key in value if key != "at_most")
+    return f"{name} {value['at_most']:g} ({setting})"
 
 
 def row(design: Any, score: Any) -> tuple[str, ...]:
