@@ -17,7 +17,7 @@ from understudy.models.paper import PaperStudent
 
 needs_kernels = pytest.mark.skipif(native.kernels() is None, reason="no C compiler")
 needs_convolutions = pytest.mark.skipif(
-    native.convolution_kernels() is None, reason="no C compiler or no AVX-512"
+    native.convolution_kernels() is None, reason="no C compiler or no AVX2"
 )
 
 

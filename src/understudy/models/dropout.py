@@ -220,6 +220,11 @@ class Mask:
         return result
 
 
+def leaky_relu_mask(negative_slope: float) -> Mask:
+    """Return the mask of a leaky ReLU without dropout."""
+    return Mask((0, 0), 0, negative_slope)
+
+
 class _NativeDropout(torch.autograd.Function):
     """Dropout (and leaky ReLU) by the kernels: no mask is stored, it is computed again."""
 

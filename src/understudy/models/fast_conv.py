@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from understudy.models.dropout import LeakyReLUDropout, Mask
+from understudy.models.dropout import LeakyReLUDropout, Mask, leaky_relu_mask
 from understudy.models.native import address, convolution_kernels, suits_kernels
 
 _NUM_POINTS = 36
@@ -37,7 +37,7 @@ _WEIGHT_TRANSFORM = (
 class FastConv3x3(nn.Conv2d):
     """``nn.Conv2d`` with kernel 3, stride 1 and padding 1, faster in training where it can be.
 
-    That is: on a CPU with AVX-512 and the native kernels, in float32, with channels-last pictures
+    That is: on a CPU with AVX2 and the native kernels, in float32, with channels-last pictures
     whose sides are multiples of 4 (8 for a first layer), and with channel counts that are multiples
     of 16 (inputs also 1 or 3). Everywhere else, in evaluation and in exports, it is ``nn.Conv2d``
     itself. Parameters and their names are the same.
@@ -79,7 +79,9 @@ class FastConv3x3(nn.Conv2d):
         return _fits_kernels(self, features_NCHW)
 
 
-def conv3x3(convolution: nn.Module, features_NCHW: Tensor) -> Tensor:
+def conv3x3(
+    convolution: nn.Module, features_NCHW: Tensor, activation: nn.LeakyReLU | None = None
+) -> Tensor:
     """Return ``convolution(features_NCHW)``; by the kernels where a ``FastConv3x3`` would use them.
 
     For plain modules, which other tools know: those that nothing hooks, and no trace of the graph.
@@ -87,10 +89,13 @@ def conv3x3(convolution: nn.Module, features_NCHW: Tensor) -> Tensor:
     Args:
         convolution: any module that takes the features.
         features_NCHW: of its input channels.
+        activation: after the convolution, then in the same pass over memory.
     """
+    after = [] if activation is None else [activation]
     fits = (
-        type(convolution) is nn.Conv2d
-        and suits_kernels(features_NCHW, convolution, min_channels=1)
+        _is_plain(convolution)
+        and all(type(module) is nn.LeakyReLU and module.negative_slope >= 0 for module in after)
+        and suits_kernels(features_NCHW, convolution, *after, min_channels=1)
         and convolution.kernel_size == (3, 3)
         and convolution.stride == convolution.padding == convolution.dilation == (1, 1)
         and convolution.groups == 1
@@ -99,11 +104,18 @@ def conv3x3(convolution: nn.Module, features_NCHW: Tensor) -> Tensor:
     )
     if not fits:
         result: Tensor = convolution(features_NCHW)
-        return result
+        return result if activation is None else activation(result)
+    mask = None if activation is None else leaky_relu_mask(activation.negative_slope)
     convolved: Tensor = _Convolution.apply(  # type: ignore[no-untyped-call]
-        features_NCHW, convolution.weight, convolution.bias, None
+        features_NCHW, convolution.weight, convolution.bias, mask
     )
     return convolved
+
+
+def _is_plain(convolution: nn.Module) -> bool:
+    if type(convolution) is FastConv3x3:
+        return convolution.activation is None
+    return type(convolution) is nn.Conv2d
 
 
 def _fits_kernels(convolution: nn.Conv2d, features_NCHW: Tensor) -> bool:

@@ -11,19 +11,34 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 16 /* its products and masks are laid out for it */
 #include "kernels.h"
 
 #define TILES 16      /* 4x4 output tiles worked on together: their transforms stay in the cache */
 #define POINTS 36     /* 6x6 input points of a tile */
-#define ROWS 8        /* rows of a product kept in registers */
+/* The sums that a product keeps in registers: ROWS x 2 vectors, for the nine rows of a picture's three
+ * channels 9 x FEW_WIDTH. AVX-512 has 32 registers, AVX2 16. */
+#if LANES == 16
+#define ROWS 8
+#define FEW_WIDTH 2
+#else
+#define ROWS 4
+#define FEW_WIDTH 1
+#endif
 #define MAX_ROWS TILES
+/* GCC would load it anew for each of the products that it is in. */
+#ifdef __x86_64__
+#define IN_REGISTER(v) __asm__("" : "+v"(v))
+#else
+#define IN_REGISTER(v)
+#endif
 /* Floats from one point's tiles to the next: a power of two would put all points into the same few
  * sets of the cache. */
 #define STEP(c) (TILES * (long)(c) + LANES)
 #define SHARES 8      /* parts of a batch whose weight gradients are added up apart */
 
-typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+/* Vectors of the 64 elements that share a block of a mask. */
+#define PARTS (64 / LANES)
 
 /* A layer's leaky ReLU and dropout: which elements are kept, and the factors of those that are. */
 typedef struct { uint32_t key0, key1; int32_t threshold; float high, low; } mask;
@@ -31,25 +46,37 @@ typedef struct { uint32_t key0, key1; int32_t threshold; float high, low; } mask
 /* keep[e] = all ones where element 64 * block + e is kept: where byte e of the block's 16 words is
  * at least the threshold. Word i is a hash of i and the key: lowbias32 (Wellons 2018) with the second
  * half of the key after its first step. The same numbers come from `dropout.draw_words`. */
-INLINE void keep_masks(uint32_t block, const mask *m, ints keep[4]) {
-    words i = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    words h = (i + block * LANES) * 0x9E3779B9u + m->key0;
-    h ^= h >> 16;
-    h ^= m->key1;
-    h *= 0x7feb352du;
-    h ^= h >> 15;
-    h *= 0x846ca68bu;
-    h ^= h >> 16;
+INLINE void keep_masks(uint32_t block, const mask *m, ints keep[PARTS]) {
+    if (!m->threshold) {
+        for (int v = 0; v < PARTS; v++) keep[v] = (ints){0} - 1;
+        return;
+    }
     /* A byte for each lane, in the highest bits: four lanes share a word. */
-    const words up = {24, 16, 8, 0, 24, 16, 8, 0, 24, 16, 8, 0, 24, 16, 8, 0};
     const words least = (words){0} + ((uint32_t)m->threshold << 24);
-#define SPREAD(w) \
-    __builtin_shufflevector(h, h, w, w, w, w, w + 1, w + 1, w + 1, w + 1, w + 2, w + 2, w + 2, \
-                            w + 2, w + 3, w + 3, w + 3, w + 3)
-    keep[0] = SPREAD(0) << up >= least;
-    keep[1] = SPREAD(4) << up >= least;
-    keep[2] = SPREAD(8) << up >= least;
-    keep[3] = SPREAD(12) << up >= least;
+#define FOUR(w) w, w, w, w
+#if LANES == 16
+    const words count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const words up = {24, 16, 8, 0, 24, 16, 8, 0, 24, 16, 8, 0, 24, 16, 8, 0};
+#define SPREAD(q) \
+    __builtin_shufflevector(h, h, FOUR(4 * q), FOUR(4 * q + 1), FOUR(4 * q + 2), FOUR(4 * q + 3))
+#else
+    const words count = {0, 1, 2, 3, 4, 5, 6, 7};
+    const words up = {24, 16, 8, 0, 24, 16, 8, 0};
+#define SPREAD(q) __builtin_shufflevector(h, h, FOUR(2 * q), FOUR(2 * q + 1))
+#endif
+    for (int v = 0; v < PARTS; v += 4) {
+        words h = (count + block * 16 + v / 4 * LANES) * 0x9E3779B9u + m->key0;
+        h ^= h >> 16;
+        h ^= m->key1;
+        h *= 0x7feb352du;
+        h ^= h >> 15;
+        h *= 0x846ca68bu;
+        h ^= h >> 16;
+        keep[v] = SPREAD(0) << up >= least;
+        keep[v + 1] = SPREAD(1) << up >= least;
+        keep[v + 2] = SPREAD(2) << up >= least;
+        keep[v + 3] = SPREAD(3) << up >= least;
+    }
 }
 
 /* v * (sign > 0 ? m->high : m->low), or 0 where not kept. */
@@ -64,9 +91,9 @@ INLINE floats masked(floats v, floats sign, ints keep, const mask *m) {
 /* The mask on a line that begins at this element of the layer; both are multiples of 64. */
 INLINE void mask_line(float *line, long element, int length, const mask *m) {
     for (int at = 0; at < length; at += 64) {
-        ints keep[4];
+        ints keep[PARTS];
         keep_masks((uint32_t)((element + at) / 64), m, keep);
-        for (int q = 0; q < 4; q++) {
+        for (int q = 0; q < PARTS; q++) {
             floats v = load(line + at + q * LANES);
             store(line + at + q * LANES, masked(v, v, keep[q], m));
         }
@@ -157,7 +184,10 @@ INLINE void product(const float *left, long step_k, long step_r, const float *ri
             sum[r][v] = add ? load(out + r * columns + v * LANES) : (floats){0};
     for (int k = 0; k < depth; k++) {
         floats b[2];
-        for (int v = 0; v < width; v++) b[v] = load(right + k * columns + v * LANES);
+        for (int v = 0; v < width; v++) {
+            b[v] = load(right + k * columns + v * LANES);
+            IN_REGISTER(b[v]);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             float a = left[k * step_k + r * step_r];
@@ -393,10 +423,10 @@ int weight_gradient_few(const float *x, const float *dy, float *sums, float *bia
             }
             for (int i = 0; i < 3; i++) {
                 padded_row(image, padded, (int)(line % h) - 1 + i, h, w, in);
-                for (int k = 0; k < out; k += 2 * LANES) {
+                for (int k = 0; k < out; k += FEW_WIDTH * LANES) {
                     float *to = sums + ((long)share * 3 + i) * 3 * in * out + k;
                     const float *right = gradient + k;
-                    int two = out - k > LANES;
+                    int two = FEW_WIDTH == 2 && out - k > LANES;
                     if (in == 3 && two) product(padded, in, 1, right, to, w, out, 9, 2, 1);
                     else if (in == 3) product(padded, in, 1, right, to, w, out, 9, 1, 1);
                     else if (two) product(padded, in, 1, right, to, w, out, 3, 2, 1);
@@ -414,11 +444,11 @@ void leaky_dropout(const float *from, const float *sign, float *to, long n, int 
                    const mask *m) {
 #pragma omp parallel for schedule(dynamic, 512) num_threads(num_threads)
     for (long block = 0; block < (n + 63) / 64; block++) {
-        ints keep[4];
+        ints keep[PARTS];
         keep_masks((uint32_t)block, m, keep);
         long at = block * 64;
         if (at + 64 <= n) {
-            for (int q = 0; q < 4; q++) {
+            for (int q = 0; q < PARTS; q++) {
                 long e = at + q * LANES;
                 store(to + e, masked(load(from + e), load(sign + e), keep[q], m));
             }
@@ -440,9 +470,9 @@ void leaky_dropout_pooled(const float *from, const float *sign, float *to, long 
     for (long image = 0; image < n; image++) {
         long channel = 0;
         for (long block = 0; block < num_blocks; block++) {
-            ints keep[4];
+            ints keep[PARTS];
             keep_masks((uint32_t)(image * num_blocks + block), m, keep);
-            for (int q = 0; q < 4; q++) {
+            for (int q = 0; q < PARTS; q++) {
                 long e = (image * num_blocks + block) * 64 + q * LANES;
                 floats v = load(from + image * c + channel);
                 store(to + e, masked(v, load(sign + e), keep[q], m));

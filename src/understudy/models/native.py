@@ -96,9 +96,9 @@ def kernels() -> ctypes.CDLL | None:
 def convolution_kernels() -> ctypes.CDLL | None:
     """Return the kernels where their convolutions are the faster ones, else None.
 
-    They keep sixteen vectors of sixteen floats in registers, which AVX-512 has.
+    They keep eight vectors of AVX2 or sixteen of AVX-512 in registers.
     """
-    return kernels() if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
+    return kernels() if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else None
 
 
 @functools.cache

@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from understudy.models.dropout import FastDropout, LeakyReLUDropout
-from understudy.models.fast_conv import FastConv3x3
+from understudy.models.fast_conv import FastConv3x3, conv3x3
+from understudy.models.fast_norm import norm_add
 
 
 class PaperStudent(nn.Module):
@@ -86,7 +87,12 @@ class PaperTeacher(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Return logits_NK for normalised float images_NCHW."""
-        logits_NK: Tensor = self.classifier(_average(self.features(images_NCHW)))
+        first, *added = self.features
+        features_NCHW = first(images_NCHW)
+        for convolution, activation, norm, dropout in zip(*[iter(added)] * 4, strict=True):
+            features_NCHW = conv3x3(convolution, features_NCHW, activation)
+            features_NCHW = dropout(norm_add(norm, features_NCHW, None))
+        logits_NK: Tensor = self.classifier(_average(features_NCHW))
         return logits_NK
 
 
