@@ -10,12 +10,14 @@ import torch
 from kernel_inputs import channels_last
 from torch import Tensor, nn
 
-from understudy.models import fast_conv, fast_depthwise, fast_norm, inverted, native
+from understudy.models import dropout, fast_conv, fast_depthwise, fast_norm, inverted, native
+from understudy.models.dropout import set_dropout_step
 from understudy.models.fast_conv import conv3x3
 from understudy.models.fast_depthwise import depthwise
 from understudy.models.fast_layers import FastSequential
 from understudy.models.fast_norm import norm_add
 from understudy.models.inverted import InvertedResidualNet, SqueezeExcite
+from understudy.models.paper import PaperTeacher
 from understudy.models.resnet import ResNet
 
 needs_kernels = pytest.mark.skipif(
@@ -198,6 +200,40 @@ def test_plain_3x3_convolutions(inputs: int, sides: tuple[int, int], bias: bool)
     module.register_forward_hook(lambda _, __, output: seen.append(output))
     output = conv3x3(module, channels_last(2, inputs, *sides))
     assert seen == [output]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution_with_a_leaky_relu_after_it(bias: bool) -> None:
+    module = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, bias=bias), nn.LeakyReLU(0.1))
+    images = channels_last(3, 16, 8, 12)
+
+    def both(module: nn.Sequential, features: Tensor) -> Tensor:
+        return conv3x3(module[0], features, module[1])
+
+    assert_equal_to_torch(module, both, images)
+    seen: list[Tensor] = []
+    module[1].register_forward_hook(lambda _, __, output: seen.append(output))
+    assert seen == [both(module, images)]
+
+
+def test_the_teachers_of_the_paper_train_and_evaluate_as_with_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    model = PaperTeacher(num_classes=4, num_layers=2).to(memory_format=torch.channels_last)
+    set_dropout_step(model, seed=1, step=2)
+    plain = copy.deepcopy(model)
+    images = channels_last(6, 3, 16, 16)
+    model(images).square().sum().backward()
+    monkeypatch.setattr(fast_norm, "channel_kernels", lambda: None)
+    monkeypatch.setattr(fast_conv, "convolution_kernels", lambda: None)
+    monkeypatch.setattr(dropout, "kernels", lambda: None)
+    plain(images).square().sum().backward()
+    for own, reference in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, reference.grad, rtol=2e-3, atol=1e-4)
+    for own, reference in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(own, reference, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.eval()(images), plain.eval()(images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_resnet_trains_and_evaluates_as_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:

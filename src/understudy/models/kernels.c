@@ -26,7 +26,7 @@
 #endif
 #define MAX_ROWS TILES
 /* GCC would load it anew for each of the products that it is in. */
-#ifdef __x86_64__
+#if defined(__AVX512F__) || (defined(__AVX__) && LANES == 8)
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
 #else
 #define IN_REGISTER(v)
