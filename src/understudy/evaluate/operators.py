@@ -87,7 +87,9 @@ class OperatorTable:
     """Operators of one batch, the slowest first. No operator is in two of the ``rows``.
 
     Attributes:
-        total_ms: median time of the batch without the profiler, which costs some itself.
+        total_ms: median time of the batch without the profiler, which costs some itself. In
+            training mode kernels may do in one pass what the rows show module by module, so that
+            they add up to more.
         created: making of tensors, which happens inside the other rows; None where not known.
         loading: bytes to float pixels of the batch, which is before the network; None likewise.
         training: whether the network was in training mode, where dropout works.

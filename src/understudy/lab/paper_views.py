@@ -132,8 +132,9 @@ def operator_parts(payload: Mapping[str, Any]) -> tuple[Part, ...]:
     parts: list[Part] = [
         "One batch of 100 pictures in training mode on one thread: in evaluation mode dropout does "
         "nothing, and has neither the paper's time nor its memory. Here leaky ReLU and dropout "
-        "after it are one operator where a compiler is installed. A MB has 2^20 bytes, as in the "
-        "paper, whose convolutions hold exactly as much."
+        "after it are one operator where a compiler is installed. Model inference is timed without "
+        "the profiler, where kernels do several operators in one pass: the rows may add up to "
+        "more. A MB has 2^20 bytes, as in the paper, whose convolutions hold exactly as much."
     ]
     for name, theirs in OPERATORS.items():
         table = payload["tables"][name]

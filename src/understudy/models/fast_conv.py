@@ -93,7 +93,8 @@ def conv3x3(
     """
     after = [] if activation is None else [activation]
     fits = (
-        _is_plain(convolution)
+        isinstance(convolution, nn.Conv2d)
+        and _is_plain(convolution)
         and all(type(module) is nn.LeakyReLU and module.negative_slope >= 0 for module in after)
         and suits_kernels(features_NCHW, convolution, *after, min_channels=1)
         and convolution.kernel_size == (3, 3)
@@ -112,7 +113,7 @@ def conv3x3(
     return convolved
 
 
-def _is_plain(convolution: nn.Module) -> bool:
+def _is_plain(convolution: nn.Conv2d) -> bool:
     if type(convolution) is FastConv3x3:
         return convolution.activation is None
     return type(convolution) is nn.Conv2d
