@@ -215,6 +215,19 @@ def test_without_a_compiler_or_when_switched_off_there_are_none(
     assert native.kernels.__wrapped__() is None
 
 
+def test_what_a_failing_compiler_says_may_be_in_any_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nprintf 'erreur: r\\351glage' >&2\nexit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", str(compiler))
+    assert native.kernels.__wrapped__() is None
+    assert "native kernels are not used: erreur: r\ufffdglage" in caplog.text
+
+
 @needs_kernels
 def test_a_failing_compiler_is_survived_and_a_working_one_asked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

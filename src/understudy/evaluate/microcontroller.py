@@ -171,6 +171,7 @@ def has_newlib() -> bool:
             ["arm-none-eabi-gcc", "-print-file-name=rdimon.specs"],
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=60,
             check=False,
         )

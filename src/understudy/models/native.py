@@ -82,8 +82,11 @@ def kernels() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or error
-        _LOG.info("native kernels are not used: %s", detail)
+        # What a compiler said that ran out of time is bytes, and says nothing of that.
+        said = getattr(error, "stderr", None)
+        _LOG.info(
+            "native kernels are not used: %s", said if isinstance(said, str) and said else error
+        )
         return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
@@ -171,6 +174,7 @@ def _compiled() -> Path:
                     check=True,
                     capture_output=True,
                     text=True,
+                    errors="replace",
                     timeout=120,
                 )
         except OSError:

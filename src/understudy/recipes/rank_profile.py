@@ -112,7 +112,12 @@ def measure_fresh(run: Run, teacher: Record, *, runtime: str) -> dict[str, Any]:
         command = [sys.executable, "-P", profile_teacher.__file__, json.dumps(request)]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT_S,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise failure(section, f"not done after {TIMEOUT_S:g} s") from None

@@ -82,6 +82,7 @@ def _convert(
         cwd=folder,
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=CONVERTER_SECONDS,
         check=False,
     )

@@ -246,6 +246,7 @@ def _pack(npm: str, folder: Path, prefix: Path) -> Path:
             cwd=folder,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=NPM_SECONDS,
             check=False,
             stdin=subprocess.DEVNULL,
