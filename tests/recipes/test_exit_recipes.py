@@ -207,6 +207,12 @@ def test_bad_exits_are_told_before_anything_runs(tmp_path):
     own = {"name": "deep_to_shallow", "layers": ["layers.2"]}
     with pytest.raises(RecipeError, match="expected the same layers"):
         checked(tmp_path, strategy=own, teacher=None, exits={"layers": ["layers.1"]})
+    taught = {"ce_weight": 0, "last_weight": 0, "teacher_weight": 1}
+    untaught = {"layers": ["layers.1"], "guidance": taught}
+    model = yaml.safe_load(TINY_RECIPE)["teacher"]["model"]
+    online = {"strategy": {"name": "online"}, "teacher": {"model": model}}
+    with pytest.raises(RecipeError, match="only teacher_weight, and there is no trained teacher"):
+        checked(tmp_path, **online, exits=untaught)
     compiled = {**yaml.safe_load(TINY_RECIPE)["training"], "compile": True}
     with pytest.raises(RecipeError, match=r"compile together with strategy\.hint_weight"):
         checked(tmp_path, strategy=own, teacher=None, training=compiled)

@@ -273,6 +273,14 @@ def test_label_free_refuses_what_needs_labels(distillation, message):
         parse_recipe(recipe_values(distillation=distillation))
 
 
+def test_label_free_refuses_exits_that_learn_from_labels():
+    values = recipe_values(distillation={"ce_weight": 0}, exits={"layers": ["blocks.0"]})
+    with pytest.raises(RecipeError, match=r"set exits\.guidance\.ce_weight to 0"):
+        parse_recipe(values)
+    values["exits"]["guidance"] = {"ce_weight": 0}
+    parse_recipe(values)
+
+
 def test_hidden_labels_refuse_what_needs_all_of_them():
     values = recipe_values(
         data={**DIGITS, "labelled_fraction": 0.5},

@@ -7,6 +7,8 @@ from understudy.models.build import build_network
 from understudy.recipes.files import apply_change, copy_recipe, load_recipe, shipped_recipes
 from understudy.recipes.schema import parse_recipe
 
+ENDS_AT_0 = {"start": 4, "end": 0}
+
 
 def small_recipe(**changes):
     values = {
@@ -42,6 +44,22 @@ def test_a_schedule_is_told_from_a_number():
         small_recipe(distillation={"temperature": {"start": 8, "end": 2}, "kl_weight": 1})
     )
     assert recipe.distillation.temperature.start == 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"distillation": {"temperature": ENDS_AT_0}},
+        {"exits": {"layers": ["a"], "guidance": {"temperature": ENDS_AT_0}}},
+        {
+            "strategy": {"name": "deep_to_shallow", "layers": ["a"], "temperature": ENDS_AT_0},
+            "teacher": None,
+        },
+    ],
+)
+def test_a_temperature_stays_above_0(changes):
+    with pytest.raises(RecipeError, match="a temperature must stay above 0"):
+        parse_recipe(small_recipe(**changes))
     with pytest.raises(RecipeError, match=r"unknown key `distillation.kl_weight.shpe`.*`shape`"):
         parse_recipe(small_recipe(distillation={"kl_weight": {"start": 1, "end": 0, "shpe": 1}}))
 

@@ -186,10 +186,10 @@ def check_early_exits(run: Run) -> list[str]:
         return problems
     guidance = recipe.exits.guidance
     own_weights = (guidance.ce_weight, guidance.last_weight)
-    if not run.teachers and not is_own_teacher and own_weights == (0, 0):
+    if not run.teaches_first and not is_own_teacher and own_weights == (0, 0):
         problems.append(
             problem(
-                "exits.guidance has only teacher_weight, and there is no teacher",
+                "exits.guidance has only teacher_weight, and there is no trained teacher",
                 expected="something that the side heads learn",
                 mend="Give ce_weight or last_weight.",
             )

@@ -153,6 +153,9 @@ class Recipe(Section):
                 "student.flip_average averages the logits of one classifier at the end: set it to "
                 "false, or drop heads and exits"
             )
+        guidance = None if self.exits is None else self.exits.guidance
+        if self.strategy.name == "label_free" and guidance is not None and guidance.ce_weight != 0:
+            problems.append("strategy label_free uses no labels: set exits.guidance.ce_weight to 0")
         problems += self._last_views_problems()
         if problems:
             raise ValueError("; ".join(problems))

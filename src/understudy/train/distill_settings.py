@@ -171,10 +171,6 @@ class DistillSettings(Section):
         problems = [text for name in self.losses for text in _loss_problems(name, self.losses)]
         if self.kl_weight == 0 and self.ce_weight == 0 and not self.losses:
             problems.append("kl_weight and ce_weight are both 0: there is nothing to learn")
-        if isinstance(self.temperature, Schedule) and not (
-            self.temperature.start > 0 and self.temperature.end > 0
-        ):
-            problems.append("temperature must stay above 0")
         share = self.teacher_share
         if max((share.start, share.end) if isinstance(share, Schedule) else (share,)) > 1:
             problems.append("teacher_share must lie in 0 to 1")

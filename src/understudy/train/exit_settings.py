@@ -15,7 +15,11 @@ class ExitGuidance(Section):
 
     ce_weight: Annotated[Weight, Field(description="Of cross-entropy with the labels.")] = 0.2
     teacher_weight: Annotated[
-        Weight, Field(description="Of KL to the teacher; where there is none it does not count.")
+        Weight,
+        Field(
+            description="Of KL to the trained teacher; where there is none, as with strategy "
+            "`online`, it does not count."
+        ),
     ] = 0.5
     last_weight: Annotated[
         Weight, Field(description="Of KL to the last exit, which learns nothing from it.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from understudy.settings import Section
 
@@ -39,6 +39,13 @@ def _number_or_schedule(value: Any) -> str:
     return "schedule" if isinstance(value, dict | Schedule) else "number"
 
 
+def _above_zero(value: float | Schedule) -> float | Schedule:
+    """Logits are divided by a temperature, at its end too."""
+    if isinstance(value, Schedule) and min(value.start, value.end) == 0:
+        raise ValueError("a temperature must stay above 0")
+    return value
+
+
 Weight = Annotated[
     Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
     Discriminator(_number_or_schedule),
@@ -46,6 +53,7 @@ Weight = Annotated[
 Temperature = Annotated[
     Annotated[float, Field(gt=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
     Discriminator(_number_or_schedule),
+    AfterValidator(_above_zero),
 ]
 
 
