@@ -17,9 +17,10 @@ from understudy.recipes.job import open_run
 from understudy.recipes.label import label
 from understudy.recipes.outputs import stored_outputs
 from understudy.recipes.prepare import split
+from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
 from understudy.recipes.teach import teach
-from understudy.recipes.train import role_training, train_role
+from understudy.recipes.train import role_section, role_training, train_role
 from understudy.train.repeated import RepeatedOrder
 from understudy.train.training import count_right
 
@@ -253,6 +254,28 @@ def test_other_strategies_use_the_labels_there_are(tmp_path, monkeypatch):
     # Batches of 16 with a label in twenty: some have none.
     assert all(0 < row["losses"]["ce"] < 10 for row in rows)
     assert all(0 <= row["train_accuracy"] <= 1 for row in rows)
+
+
+def test_keys_tell_that_labels_are_weighed_over_an_update_that_is_cut(tmp_path):
+    """Parts once counted alike, however few labels they had: what they taught is made anew."""
+    few = {**DIGITS, "labelled_fraction": 0.5}
+    mixed = {"transforms": [{"mixup": {}}]}
+
+    def weighed(role, num_parts=2, strategy="offline", data=few, views=None, **device):
+        values = recipe_values(data=data, strategy={"name": strategy}, device=device)
+        values["training"]["num_micro_batches"] = num_parts
+        run = Run(parse_recipe(values | ({"views": views} if views else {})), tmp_path, tmp_path)
+        return "labels" in role_section(run, role)
+
+    assert weighed("student")
+    assert weighed("student", num_parts=1, num_processes=2)
+    assert weighed("control", views=mixed)
+    assert weighed("teacher", views=mixed, num_processes=2)
+    assert not weighed("student", num_parts=1)
+    assert not weighed("student", data=DIGITS)
+    assert not weighed("student", strategy="label_free")
+    assert not weighed("control")
+    assert not weighed("teacher", views=mixed)
 
 
 # What is refused

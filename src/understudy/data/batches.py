@@ -26,6 +26,8 @@ class Batch:
         partner_labels_N: labels of the samples that were mixed in; None without mixing.
         label_weight_N: float32, the own label's share, the partner's being the rest; None without
             mixing.
+        label_factor: what a mean over the labelled samples counts where this is a part of an
+            update, so that each label of the update counts alike; None: 1.
     """
 
     indices_N: Tensor
@@ -33,6 +35,15 @@ class Batch:
     labels_N: Tensor
     partner_labels_N: Tensor | None = None
     label_weight_N: Tensor | None = None
+    label_factor: float | None = None
+
+    @property
+    def labelled_N(self) -> Tensor:  # noqa: N802
+        """Whether a sample has a label, bool; a mixed one where its partner has one, too."""
+        labelled_N = self.labels_N >= 0
+        if self.partner_labels_N is not None:
+            labelled_N = labelled_N & (self.partner_labels_N >= 0)
+        return labelled_N
 
 
 def epoch_order(indices_N: Tensor, *, seed: int, epoch: int) -> Tensor:

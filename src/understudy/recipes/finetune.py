@@ -15,6 +15,7 @@ from torch import nn
 from understudy.artifacts import Record
 from understudy.recipes.exit_training import weight_files, with_exits
 from understudy.recipes.given_student import load_student
+from understudy.recipes.label_weights import labels_section
 from understudy.recipes.networks import WEIGHTS_NAME, build_model
 from understudy.recipes.run import Run
 from understudy.recipes.train import (
@@ -54,7 +55,8 @@ def finetune(run: Run, role: str, before: Record) -> Record:
     assert settings is not None, "there is fine-tuning"
     stage = run.begin(
         role,
-        section=run.recipe.section(*COMMON_SECTIONS, "student", "finetuning"),
+        section=run.recipe.section(*COMMON_SECTIONS, "student", "finetuning")
+        | labels_section(run, settings, labels_alone=True),
         parents={before.kind: before.hash},
     )
     if stage.record is not None:

@@ -20,6 +20,7 @@ from understudy.recipes.exit_training import (
     with_exits,
 )
 from understudy.recipes.label import teacher_source
+from understudy.recipes.label_weights import labels_section
 from understudy.recipes.networks import build_model
 from understudy.recipes.outputs import mean_confidence
 from understudy.recipes.peers import (
@@ -129,7 +130,7 @@ def role_section(run: Run, role: str) -> dict[str, Any]:
         section |= training_section(run) | run.live_section
     if role in run.teachers:
         section["teacher"] = run.teachers[role].model_dump(mode="json")
-    return section
+    return section | labels_section(run, settings_of(run, role), labels_alone=role != "student")
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:

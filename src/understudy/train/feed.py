@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -127,7 +127,7 @@ class Feed:
                 problem(
                     f"the training split holds {len(self.indices_N)} samples",
                     expected=f"at least one batch of {self.batch_size}",
-                    mend="Lower training.batch_size or give more data.",
+                    mend="Lower this training's batch_size or give more data.",
                 )
             )
 
@@ -157,9 +157,18 @@ class Feed:
 
 
 def split_update(
-    batch: Batch, teacher: TeacherOutputs | None, *, size: int, device: torch.device
+    batch: Batch,
+    teacher: TeacherOutputs | None,
+    *,
+    size: int,
+    device: torch.device,
+    labelled_share: float,
 ) -> Iterator[tuple[Batch, TeacherOutputs | None]]:
-    """Yield an update's batch on the device, in parts of ``size`` samples."""
+    """Yield an update's batch on the device, in parts of ``size`` samples.
+
+    Args:
+        labelled_share: of the update's samples, over all processes, so many have a label.
+    """
     for start in range(0, len(batch.labels_N), size):
         rows = slice(start, start + size)
         fields = {
@@ -167,6 +176,11 @@ def split_update(
             for name, value in vars(batch).items()
         }
         part = Batch(**fields)  # type: ignore[arg-type]
+        # A part weighs as many samples as it has. Its mean over the labelled ones is to weigh as
+        # many labels.
+        share = int(batch.labelled_N[rows].sum()) / len(part.labels_N)
+        if share != labelled_share:
+            part = replace(part, label_factor=share / labelled_share)
         yield part, None if teacher is None else rows_of(teacher, rows, device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from understudy.data.batches import Batch
 from understudy.losses.logits import cross_entropy
@@ -60,14 +61,33 @@ def value_at(value: float | Schedule, progress: float) -> float:
 
 
 def label_loss(logits_NK: Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
-    """Return the cross-entropy with the labels of mixed or plain pictures."""
-    return cross_entropy(
+    """Return the cross-entropy with the labels of mixed or plain pictures.
+
+    The mean of a part of an update counts by its labels, and not by its pictures.
+    """
+    loss = cross_entropy(
         logits_NK,
         batch.labels_N,
         partner_labels_N=batch.partner_labels_N,
         label_weight_N=batch.label_weight_N,
         label_smoothing=label_smoothing,
     )
+    return loss if batch.label_factor is None else loss * batch.label_factor
+
+
+def count_right(logits_NK: Tensor, batch: Batch) -> tuple[float, int]:
+    """Return how many labelled samples are right (mixed labels by their weights), of how many."""
+    answers_N, labelled_N = logits_NK.argmax(dim=1), batch.labelled_N
+    right_N = (answers_N == batch.labels_N).float()
+    if batch.partner_labels_N is not None and batch.label_weight_N is not None:
+        partner_right_N = (answers_N == batch.partner_labels_N).float()
+        right_N = batch.label_weight_N * right_N + (1 - batch.label_weight_N) * partner_right_N
+    return right_N[labelled_N].sum().item(), int(labelled_N.sum())
+
+
+def sample_losses(logits_NK: Tensor, batch: Batch) -> Tensor:
+    """Return each sample's cross-entropy with its own label."""
+    return functional.cross_entropy(logits_NK.float(), batch.labels_N, reduction="none")
 
 
 class LabelObjective:

@@ -14,7 +14,6 @@ import torch.distributed
 from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
@@ -34,6 +33,7 @@ from understudy.train.checkpoint import (
 )
 from understudy.train.feed import split_update
 from understudy.train.monitor import MetricsLog
+from understudy.train.objective import count_right, sample_losses
 from understudy.train.optimization import averaged_copy, build_optimizer
 from understudy.train.plan import Position, TrainPlan, TrainResult
 from understudy.train.schedules import learning_rate_factor
@@ -173,7 +173,12 @@ class Training:
         settings = self.plan.settings
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         size = math.ceil(len(batch.labels_N) / settings.num_micro_batches)
-        for part, answer in split_update(batch, teacher, size=size, device=self.fabric.device):
+        num_labelled = self.over_processes(int(batch.labelled_N.sum()))
+        share = num_labelled / (len(batch.labels_N) * self.fabric.world_size)
+        parts = split_update(
+            batch, teacher, size=size, device=self.fabric.device, labelled_share=share
+        )
+        for part, answer in parts:
             images_NCHW = part.images_NCHW.contiguous(memory_format=layout)
             yield dataclasses.replace(part, images_NCHW=images_NCHW), answer
 
@@ -296,10 +301,14 @@ class Training:
 
     def any_process(self, flag: bool) -> bool:
         """Return whether the flag is up in any process, so that all of them act alike."""
+        return self.over_processes(flag) > 0
+
+    def over_processes(self, value: float) -> float:
+        """Return the sum of a number over the processes."""
         if self.fabric.world_size == 1:
-            return flag
-        total = cast(Tensor, self.fabric.all_reduce(torch.tensor(float(flag)), reduce_op="sum"))
-        return total.item() > 0
+            return value
+        total = cast(Tensor, self.fabric.all_reduce(torch.tensor(float(value)), reduce_op="sum"))
+        return total.item()
 
     # Saving and resuming
 
@@ -376,22 +385,6 @@ class Training:
         if not self.at.rows or "validation_accuracy" not in self.at.rows[-1]:
             return ""
         return f"validation {self.at.rows[-1]['validation_accuracy']:.2%}"
-
-
-def count_right(logits_NK: Tensor, batch: Batch) -> tuple[float, int]:
-    """Return how many labelled samples are right (mixed labels by their weights), of how many."""
-    answers_N, labelled_N = logits_NK.argmax(dim=1), batch.labels_N >= 0
-    right_N = (answers_N == batch.labels_N).float()
-    if batch.partner_labels_N is not None and batch.label_weight_N is not None:
-        partner_right_N = (answers_N == batch.partner_labels_N).float()
-        right_N = batch.label_weight_N * right_N + (1 - batch.label_weight_N) * partner_right_N
-        labelled_N = labelled_N & (batch.partner_labels_N >= 0)
-    return right_N[labelled_N].sum().item(), int(labelled_N.sum())
-
-
-def sample_losses(logits_NK: Tensor, batch: Batch) -> Tensor:
-    """Return each sample's cross-entropy with its own label."""
-    return functional.cross_entropy(logits_NK.float(), batch.labels_N, reduction="none")
 
 
 def state_of(module: object) -> dict[str, Any] | None:
