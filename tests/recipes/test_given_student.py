@@ -7,9 +7,13 @@ import understudy
 from tiny_run import TINY_RECIPE
 from understudy.artifacts import Record, file_hash
 from understudy.errors import RecipeError
+from understudy.recipes import further_training
 from understudy.recipes.compress import step_section
+from understudy.recipes.networks import build_model
 from understudy.recipes.run import Run
 from understudy.recipes.schema import parse_recipe
+from understudy.train.distillation import DistillObjective
+from understudy.train.objective import LabelObjective
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,20 +72,56 @@ def test_weights_of_another_network_are_refused(unbroken, tiny_recipe, tmp_path)
         understudy.distill(str(tiny_recipe), changes=changes, out=tmp_path / "run")
 
 
-def test_steps_that_go_on_from_it_depend_on_how_its_labels_are_smoothed(tmp_path):
-    """Of a student that is trained here that is in its own record, and of this one nowhere."""
-    further = {"num_epochs": 1, "batch_size": 64, "optimizer": {"name": "adamw"}}
+FURTHER = {"num_epochs": 1, "batch_size": 64, "optimizer": {"name": "adamw"}}
 
-    def section(smoothing, guidance=None, training=further, checkpoint="student.safetensors"):
+
+@pytest.fixture
+def further_run(tmp_path):
+    """A run whose student is pruned and trained further, with labels smoothed in either training.
+
+    ``own`` is the step's smoothing, and the first argument that of the student's training.
+    """
+
+    def make(smoothing, own=0.0, guidance=None, checkpoint="student.safetensors", trains=True):
         values = yaml.safe_load(TINY_RECIPE) | {"control": False}
         values["training"]["label_smoothing"] = smoothing
         values["student"]["checkpoint"] = checkpoint
+        training = FURTHER | {"label_smoothing": own} if trains else None
         prune = {"name": "prune", "num_macs": 9, "guidance": guidance, "training": training}
         values["compression"] = {"steps": [prune]}
-        recipe = parse_recipe(values)
-        (step,) = recipe.compression.steps
-        return step_section(Run(recipe, tmp_path, tmp_path), step, recipe.compression.gates)
+        return Run(parse_recipe(values), tmp_path, tmp_path)
 
-    assert section(0.0) != section(0.1)
-    for unread in ({"guidance": "labels"}, {"training": None}, {"checkpoint": None}):
-        assert section(0.0, **unread) == section(0.1, **unread)
+    return make
+
+
+def section_of(run):
+    (step,) = run.recipe.compression.steps
+    return step_section(run, step, run.recipe.compression.gates)
+
+
+def test_steps_that_go_on_from_it_depend_on_their_own_smoothing_alone(further_run):
+    assert section_of(further_run(0.1, own=0.0)) != section_of(further_run(0.1, own=0.1))
+    for options in ({}, {"guidance": "labels"}, {"trains": False}):
+        assert section_of(further_run(0.0, **options)) == section_of(further_run(0.1, **options))
+
+
+def test_steps_that_were_made_with_another_smoothing_are_made_again(further_run):
+    """Guided steps once had the smoothing of the student's training instead of their own."""
+    for checkpoint in (None, "student.safetensors"):
+        for own in (0.0, 0.1):
+            assert section_of(further_run(0.1, own, checkpoint=checkpoint)).get(
+                "label_smoothing"
+            ) == (own if checkpoint or own != 0.1 else None)
+    for unread in ({"guidance": "labels"}, {"trains": False}):
+        assert "label_smoothing" not in section_of(further_run(0.1, **unread))
+
+
+@pytest.mark.parametrize("guidance", [None, "labels"])
+def test_a_step_smooths_labels_as_its_own_training_says(further_run, monkeypatch, guidance):
+    monkeypatch.setattr(further_training, "teacher_source", lambda run: None)
+    run = further_run(0.1, own=0.3, guidance=guidance)
+    (step,) = run.recipe.compression.steps
+    model = build_model(run, "student")
+    plan = further_training.further_plan(run, model, step, phase="prune-1", folder=run.folder)
+    assert isinstance(plan.objective, LabelObjective if guidance else DistillObjective)
+    assert plan.objective.label_smoothing == 0.3

@@ -38,12 +38,14 @@ from understudy.recipes.compressed import (
 from understudy.recipes.evaluate import LOGITS_NAME
 from understudy.recipes.further_training import is_guided
 from understudy.recipes.gates import GateRow, check_budget_kept, check_gates, reason_of
+from understudy.recipes.label_weights import labels_section
 from understudy.recipes.prune_step import NUM_SCORED, Made, prune_step
 from understudy.recipes.pruned_speed import time_pruned
 from understudy.recipes.quantize_step import quantize_step
 from understudy.recipes.run import Run
 from understudy.recipes.schema import MeasurementSection
 from understudy.recipes.step_limits import Counted, LimitsVerdict, judge_limits
+from understudy.train.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -238,14 +240,29 @@ def step_section(run: Run, step: PruneStep | QuantizeStep, gates: Gates) -> dict
     section["measurement"] = timed.model_dump(mode="json")
     if recipe.export.opset != DEFAULT_OPSET:
         section["opset"] = recipe.export.opset
-    # A student that was trained here has it in its own record.
-    if recipe.student.checkpoint is not None and step.training is not None and is_guided(run, step):
-        section["label_smoothing"] = recipe.training.label_smoothing
+    if step.training is not None:
+        section |= smoothing_section(run, step, step.training)
+        section |= labels_section(run, step.training, labels_alone=not is_guided(run, step))
     if isinstance(step, QuantizeStep):
         section["largest_weight"] = {"others": WEIGHT_MAX, "depthwise": DEPTHWISE_WEIGHT_MAX}
         if step.method == "aware" and recipe.student.flip_average:
             section["learns_from"] = "one way"  # and not from the mean of both, as it once did
     return section | pictures_section(run, step) | run.live_section
+
+
+def smoothing_section(
+    run: Run, step: PruneStep | QuantizeStep, settings: TrainSettings
+) -> dict[str, float]:
+    """Return what a key says of a guided step's label smoothing besides the step's own settings.
+
+    It was that of the student's training once, so a step that asks for another is made anew. The
+    key of a step of a student that was brought has held it ever since.
+    """
+    recipe, smoothing = run.recipe, settings.label_smoothing
+    differs = smoothing != recipe.training.label_smoothing
+    if is_guided(run, step) and (differs or recipe.student.checkpoint is not None):
+        return {"label_smoothing": smoothing}
+    return {}
 
 
 def pictures_section(run: Run, step: PruneStep | QuantizeStep) -> dict[str, str]:

@@ -83,7 +83,9 @@ def further_plan(
         teaching = run.recipe.distillation
         if isinstance(step, QuantizeStep):
             teaching = logits_alone(teaching)
-        objective = student_objective(run, model, teaching)
+        objective = student_objective(
+            run, model, teaching, label_smoothing=settings.label_smoothing
+        )
     if isinstance(step, QuantizeStep) and has_narrow_strides(model):
         settings = settings.model_copy(update={"channels_last": False})
     return TrainPlan(feed, objective, settings, validation_metrics(run), folder)

@@ -26,22 +26,29 @@ NUM_SCORED_VIEWS = 4
 
 
 def student_objective(
-    run: Run, model: nn.Module, settings: DistillSettings | None = None
+    run: Run,
+    model: nn.Module,
+    settings: DistillSettings | None = None,
+    *,
+    label_smoothing: float | None = None,
 ) -> Objective:
     """Return what the student minimises: the losses of the recipe in the way of its strategy.
 
     Args:
         settings: other losses than those of the recipe.
+        label_smoothing: of a training that is not the recipe's ``training``.
     """
+    if label_smoothing is None:
+        label_smoothing = run.recipe.training.label_smoothing
     if isinstance(run.recipe.strategy, DeepToShallow):  # the rest is between its exits
-        return LabelObjective(run.recipe.training.label_smoothing)
+        return LabelObjective(label_smoothing)
     settings = run.recipe.distillation if settings is None else settings
     taps = student_taps(settings)
     # The student's first weights are drawn already; adapters come from a seed of their own.
     torch.manual_seed(run.seed_for("weights", "parts"))
     alone = DistillObjective(
         settings,
-        run.recipe.training.label_smoothing,
+        label_smoothing,
         taps=Taps(model, taps) if taps else None,
         terms=build_terms(settings, term_context(run, model, settings)),
         balance=build_balance(settings),
