@@ -17,6 +17,7 @@ from understudy.recipes.schema import Recipe, parse_recipe
 from understudy.recipes.sections import DataSection, StudentSection, TeacherSection, ViewsSection
 from understudy.recipes.strategies import Strategy
 from understudy.train.distill_settings import DistillSettings
+from understudy.train.settings import TrainSettings
 
 SectionType = TypeVar("SectionType", bound=BaseModel)
 
@@ -199,6 +200,9 @@ def check_processes(run: Run) -> list[str]:
     for role, teacher in run.teachers.items():
         if teacher.training is not None:
             sizes[f"{teacher_place(role)}.training.batch_size"] = teacher.training.batch_size
+    for number, step in enumerate(recipe.compression.steps):
+        if step.training is not None:
+            sizes[f"compression.steps.{number}.training.batch_size"] = step.training.batch_size
     return [
         problem(
             f"{name} is {size} with {num_processes} processes",
@@ -233,24 +237,30 @@ def check_sizes(run: Run) -> list[str]:
             )
         )
     problems += check_labelled_batches(run)
+    guided, _ = step_trainings(run)
     smallest = len(run.splits.train)
-    if run.recipe.training.batch_size > smallest:
-        problems.append(
-            problem(
-                f"training.batch_size is {run.recipe.training.batch_size} and the training split "
-                f"holds {smallest} samples",
-                expected="at least one batch",
-                mend="Lower training.batch_size or give more data.",
-            )
+    return problems + [
+        problem(
+            f"{name}.batch_size is {settings.batch_size} and the training split holds {smallest} "
+            "samples",
+            expected="at least one batch",
+            mend=f"Lower {name}.batch_size or give more data.",
         )
-    return problems
+        for name, settings in {"training": run.recipe.training, **guided}.items()
+        if settings.batch_size > smallest
+    ]
 
 
 def check_labelled_batches(run: Run) -> list[str]:
     """What learns from labels alone needs a batch of labelled pictures."""
     recipe, num_labelled = run.recipe, len(run.labelled_train_N)
-    sections = {f"{role}.training": section.training for role, section in run.teachers.items()}
+    sections = {
+        f"{teacher_place(role)}.training": section.training
+        for role, section in run.teachers.items()
+    }
     sections["finetuning"] = recipe.finetuning
+    _, unguided = step_trainings(run)
+    sections |= unguided
     return [
         problem(
             f"{name}.batch_size is {settings.batch_size} and the training split holds "
@@ -261,6 +271,18 @@ def check_labelled_batches(run: Run) -> list[str]:
         for name, settings in sections.items()
         if settings is not None and settings.batch_size > num_labelled
     ]
+
+
+def step_trainings(run: Run) -> tuple[dict[str, TrainSettings], dict[str, TrainSettings]]:
+    """Return the trainings of compression by their place: with the teacher, and on labels alone."""
+    # A chain's last step has a teacher, whether or not the recipe names one.
+    has_teacher = run.teaches_first or run.recipe.strategy.is_chain
+    found: tuple[dict[str, TrainSettings], dict[str, TrainSettings]] = {}, {}
+    for number, step in enumerate(run.recipe.compression.steps):
+        if step.training is not None:
+            on_labels = step.guidance == "labels" or not has_teacher
+            found[on_labels][f"compression.steps.{number}.training"] = step.training
+    return found
 
 
 def check_float_layers(run: Run) -> list[str]:

@@ -49,6 +49,7 @@ def candidate_run(run: Run, name: str, section: TeacherSection) -> Run:
         "exits": None,
         "control": False,
         "budget": Budget(),
+        "compression": CompressionSection(),
     }
     made = recipe.model_copy(update=changes)
     return sharing(Run(made, run.folder / CANDIDATES_NAME / name, run.home), run, "source")
@@ -86,7 +87,6 @@ def probe_run(run: Run, candidate: Run, name: str, number: int) -> Run:
             }
         ),
         "training": probe_training(recipe.training, settings),
-        "compression": CompressionSection(),
     }
     folder = run.folder / PROBES_NAME / f"{name}-{recipe.seed + number}"
     return sharing(Run(recipe.model_copy(update=changes), folder, run.home), run, "source")
