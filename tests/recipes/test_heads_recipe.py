@@ -12,6 +12,7 @@ from tiny_run import TINY_RECIPE, TinyRun
 from understudy.artifacts import Record, file_hash
 from understudy.export.task_heads import TrunkRuntime
 from understudy.recipes.files import read_recipe
+from understudy.recipes.heads import train_heads
 from understudy.recipes.job import open_run
 from understudy.recipes.schema import parse_recipe
 
@@ -74,6 +75,16 @@ def test_a_later_head_leaves_trunk_and_earlier_heads_bit_identical(warm, guided_
     assert {path: file_hash(path) for path in kept} == hashes
     trunks = {payload(guided_copy, task)["trunk"] for task in ("parity", "large", "again")}
     assert len(trunks) == 1
+
+
+def test_a_guided_head_is_trained_again_where_the_teacher_answers_otherwise(
+    guided_copy, monkeypatch
+):
+    monkeypatch.setenv("UNDERSTUDY_HOME", str(guided_copy.home))
+    run = open_run(guided_copy.folder, changes=["labelling.precision=bfloat16"])
+    train_heads(run)
+    assert "heads/large" in run.reused
+    assert "heads/parity" not in run.reused
 
 
 def test_the_files_answer_with_the_accuracy_that_is_reported(guided, monkeypatch):

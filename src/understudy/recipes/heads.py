@@ -30,6 +30,7 @@ from understudy.recipes.run import Run, Stage
 from understudy.recipes.train import untimed
 from understudy.recipes.trunk import (
     TRUNK_NAME,
+    answers_section,
     embeddings,
     export_own_trunk,
     head_name,
@@ -63,6 +64,7 @@ def train_head(run: Run, task: str) -> Record:
         "views": [run.views.seed, head_transforms(run)],
         "head": settings.model_dump(mode="json"),
         "labels": content_hash(list(run.source.metadata[settings.label_column])),
+        **(answers_section(run) if settings.teacher else {}),
     }
     stage = run.begin(f"{HEADS_FOLDER}/{task}", section=section, parents=parents)
     if stage.record is not None:

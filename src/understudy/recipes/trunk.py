@@ -106,13 +106,11 @@ def embeddings(run: Run, role: str, parts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _part(run: Run, role: str, part: str, embedder: Callable[[], Embed]) -> Tensor:
-    section = {}
+    section: dict[str, Any] = {}
     if part.startswith("view-"):
         section = {"views_seed": run.views.seed, "transforms": head_transforms(run)}
     if role != "student":
-        section["labelling"] = run.recipe.section("labelling")
-        if run.recipe.labelling.precision == "int8" and spreads_sample(run):
-            section["sample"] = "spread"
+        section |= answers_section(run)
     stage = run.begin(
         f"embeddings/{role}/{part}",
         section=section,
@@ -134,6 +132,14 @@ def _part(run: Run, role: str, part: str, embedder: Callable[[], Embed]) -> Tens
             save_file({"embedding_ND": torch.cat(rows)}, temporary)
         stage.finish({"num_samples": num_images}, files=[EMBEDDINGS_NAME])
     return load_file(path)["embedding_ND"]
+
+
+def answers_section(run: Run) -> dict[str, Any]:
+    """Return the parts of the recipe that decide a teacher's embeddings."""
+    section: dict[str, Any] = {"labelling": run.recipe.section("labelling")}
+    if run.recipe.labelling.precision == "int8" and spreads_sample(run):
+        section["sample"] = "spread"
+    return section
 
 
 def part_indices(run: Run, part: str) -> Tensor:
@@ -170,11 +176,13 @@ def student_embedder(run: Run) -> Embed:
 
 def teacher_embedder(run: Run, role: str) -> Embed:
     """Return the teacher in its fastest runtime; a continued stage keeps the one it began with."""
-    path: Path = run.folder / "embeddings" / f"runtime-{role}"
+    precision = run.recipe.labelling.precision
+    # Each precision has runtimes of its own, and the folder may have been begun with another one.
+    path: Path = run.folder / "embeddings" / f"runtime-{role}-{precision}"
     infer = fast_inference(
         trained_model(run, role, run.parent(role, "teach")),
         image_shape=run.source.image_shape,
-        precision=run.recipe.labelling.precision,
+        precision=precision,
         device="cuda" if uses_gpu(run) else "cpu",
         sample_images_NCHW=run.source.images(sample_pictures(run)),
         runtime=path.read_text() if path.exists() else None,
