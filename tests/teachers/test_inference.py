@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from understudy.errors import InputError
+from understudy.errors import InputError, ModelError
 from understudy.models.build import NormalizedModel, build_network
 from understudy.models.native import kernels
 from understudy.teachers.folding import folded
@@ -145,6 +145,36 @@ def test_a_runtime_that_disagrees_is_refused(images_NCHW):
     )
     assert infer.runtime != "pytorch folded channels-last"
     assert "differs by 1e+03" in (infer.candidates[1].refusal or "")
+
+
+class Broken(nn.Module):
+    """Divides by the brightness, which black pictures have none of."""
+
+    def forward(self, images_NCHW):
+        pooled_NC = images_NCHW.float().mean((2, 3))
+        return pooled_NC / pooled_NC
+
+
+def test_a_teacher_whose_answers_are_not_finite_is_refused(images_NCHW):
+    images_NCHW = images_NCHW.clone()
+    images_NCHW[[3, 8]] = 0
+    text = "the teacher's answers are not finite for 2 of 64 sample pictures"
+    with pytest.raises(ModelError, match=text):
+        fast_inference(Broken(), image_shape=IMAGE_SHAPE, sample_images_NCHW=images_NCHW)
+
+
+class Random(nn.Module):
+    """Drops pixels in evaluation mode as well."""
+
+    def forward(self, images_NCHW):
+        return F.dropout(images_NCHW.float(), training=True).mean((2, 3))
+
+
+def test_a_teacher_that_answers_by_chance_is_refused(images_NCHW):
+    with pytest.raises(ModelError, match="answers the same pictures differently each time"):
+        fast_inference(
+            Random(), image_shape=IMAGE_SHAPE, sample_images_NCHW=images_NCHW, num_images=1
+        )
 
 
 def test_bad_requests_are_listed_together(teacher, images_NCHW):

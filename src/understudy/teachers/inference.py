@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from understudy.errors import InputError, problem
+from understudy.errors import InputError, ModelError, problem
 from understudy.models.taps import Tap
 from understudy.runtime import derive_seed
 from understudy.teachers.outputs import TeacherOutputs
@@ -126,7 +126,8 @@ def fast_inference(
             too, and is timed with them.
 
     Raises:
-        ModelError: the network has no such layer (``models.taps.check_taps`` says it before).
+        ModelError: the network has no such layer (``models.taps.check_taps`` says it before); or
+            its answers to the sample images are not finite, or other ones each time.
         InputError: unknown precision, int8 without enough real images or on another device, or a
             runtime that this precision and device do not have.
     """
@@ -189,6 +190,7 @@ def _fastest(
 ) -> Inference:
     with torch.no_grad():
         expected = reference(images_NCHW)
+    _check_finite(*expected)
     limit = TOLERANCE * max(1.0, expected[0].abs().max().item())
     runs: dict[str, Run] = {}
     candidates: list[Candidate] = []
@@ -212,7 +214,17 @@ def _fastest(
             candidate = Candidate(runtime, max_abs_difference=math.inf, refusal=why)
         candidates.append(candidate)
         runs[runtime] = run
-    best = max((c for c in candidates if c.refusal is None), key=lambda c: c.images_per_second)
+    usable = [candidate for candidate in candidates if candidate.refusal is None]
+    if not usable:  # plain PyTorch itself disagrees with plain PyTorch
+        raise ModelError(
+            problem(
+                "the teacher answers the same pictures differently each time "
+                f"({candidates[0].runtime} {candidates[0].refusal})",
+                expected="the same answers from a network in evaluation mode",
+                mend="Take randomness, such as a dropout that is always on, out of its forward.",
+            )
+        )
+    best = max(usable, key=lambda candidate: candidate.images_per_second)
     log.info(
         "The teacher runs in %s: %.0f images/s, outputs within %.2g of plain PyTorch, "
         "KL %.2g, same class in %.2f %%",
@@ -223,6 +235,22 @@ def _fastest(
         100 * best.agreement,
     )
     return Inference(runs[best.runtime], precision, best.runtime, tuple(candidates))
+
+
+def _check_finite(logits_NK: Tensor, features: dict[str, Tensor]) -> None:
+    for what, values in {"answers": logits_NK, **features}.items():
+        bad_N = ~torch.isfinite(values.flatten(1)).all(dim=1)
+        if bad_N.any():
+            named = what if what == "answers" else f"features '{what}'"
+            raise ModelError(
+                problem(
+                    f"the teacher's {named} are not finite for {int(bad_N.sum())} of "
+                    f"{len(bad_N)} sample pictures",
+                    expected="finite numbers for every picture",
+                    mend="Take weights from a training that did not diverge, and compare the "
+                    "teacher's normalization with the one it was trained with.",
+                )
+            )
 
 
 def _soon_done(candidates: list[Candidate], num_images: int | None) -> bool:
