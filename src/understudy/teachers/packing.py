@@ -177,7 +177,8 @@ class OutputFormat:
                 f"a teacher output of {values.flat[int(moved.argmax())]:.6g} does not fit float16 "
                 f"(rounding would move it by {moved.max():.3g})",
                 expected="logits between about -512 and 512",
-                mend="Store this teacher's outputs as float32 (dtype='float32').",
+                mend="In a recipe set labelling.live: true, which stores nothing; in Python store "
+                "this teacher's outputs as float32 (dtype='float32').",
             )
         )
 
@@ -246,7 +247,8 @@ class FeatureFormat:
                 f"features of up to {largest:.3g} do not fit float16 (rounding would move one by "
                 f"{moved:.3g})",
                 expected="a largest value between about 3e-5 and 65,504",
-                mend="Store this teacher's features as float32 (dtype='float32').",
+                mend="In a recipe set labelling.live: true, which stores nothing; in Python store "
+                "this teacher's features as float32 (dtype='float32').",
             )
         )
 
