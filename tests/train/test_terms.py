@@ -7,7 +7,7 @@ from torch import nn
 from understudy import losses
 from understudy.data.batches import Batch
 from understudy.models.build import NormalizedModel, build_network
-from understudy.models.taps import Taps, tap_shapes
+from understudy.models.taps import Taps, as_kind, tap_shapes
 from understudy.progress import silent
 from understudy.teachers.outputs import TeacherOutputs
 from understudy.train.distill_settings import DistillSettings
@@ -18,6 +18,7 @@ from understudy.train.terms import (
     LAYER_LOSSES,
     LOGIT_LOSSES,
     RELATION_LOSSES,
+    Seen,
     TermContext,
     build_terms,
     student_taps,
@@ -152,6 +153,34 @@ def test_the_embedding_is_what_the_classifier_reads(student, teacher, batch, dig
     handle.remove()
     embedding = outputs.features["embedding:pooled"]
     torch.testing.assert_close(terms["rkd"], losses.rkd(seen[0], embedding))
+
+
+@pytest.mark.parametrize("name", ["attention_transfer", "salient_attention"])
+@pytest.mark.parametrize(
+    ("student_shape", "teacher_shape"),
+    [((17, 8), (17, 16)), ((16, 8), (16, 8)), ((8, 4, 4), (17, 16)), ((8, 4, 4), (16, 8, 8))],
+)
+def test_attention_of_whole_maps_or_tokens_is_the_attention_that_is_stored(
+    name, student_shape, teacher_shape, batch
+):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        torch.rand(32, *shape, generator=generator) for shape in (student_shape, teacher_shape)
+    )
+
+    def loss(keep):
+        layers = [{"student": "a", "teacher": "b"}]
+        settings = DistillSettings(losses={name: {"layers": layers, "keep": keep}})
+        shapes = {"a": student_shape, "b": teacher_shape}
+        context = TermContext(shapes, shapes, torch.arange(200), torch.zeros(200))
+        kind = keep or "attention"
+        features = {f"a:{kind}": as_kind(student, kind)}
+        outputs = TeacherOutputs(torch.zeros(32, 10), {f"b:{kind}": as_kind(teacher, kind)})
+        (term,) = build_terms(settings, context).values()
+        return term(Seen(torch.zeros(32, 10), features, outputs, batch, 4.0))
+
+    assert loss("map") > 0
+    torch.testing.assert_close(loss("map"), loss(None))
 
 
 def test_weights_come_from_the_recipe_or_the_table(student, teacher, digits):

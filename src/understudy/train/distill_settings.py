@@ -225,3 +225,12 @@ def kept_kind(name: str, settings: LossSettings) -> FeatureKind:
     reads = LOSSES[name].reads
     assert reads != "logits", f"{name} reads no features"
     return settings.keep or reads
+
+
+def compared_kind(name: str, settings: LossSettings) -> FeatureKind:
+    """Return the form in which a loss on features compares what was kept.
+
+    A loss on attention makes it of the maps or tokens where those are kept: tokens as they are
+    would pass for attention over tokens times channels.
+    """
+    return "attention" if LOSSES[name].reads == "attention" else kept_kind(name, settings)

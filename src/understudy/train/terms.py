@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from understudy import losses
 from understudy.data.batches import Batch
 from understudy.heads.adapters import Embedder, ReviewFusion, build_adapter, match_positions
-from understudy.models.taps import Tap, kind_shape
+from understudy.models.taps import Tap, as_kind, kind_shape
 from understudy.teachers.outputs import TeacherOutputs
 from understudy.train.distill_settings import (
     DistillSettings,
     LayerPair,
     LossSettings,
+    compared_kind,
     kept_kind,
     layers_of,
 )
@@ -144,13 +145,14 @@ class FeatureTerm(nn.Module):
     def __init__(self, name: str, settings: LossSettings, context: TermContext) -> None:
         super().__init__()
         self.name, self.kind = name, kept_kind(name, settings)
+        self.compared = compared_kind(name, settings)
         self.pairs = layers_of(settings)
         self.arguments = {**LOSSES[name].arguments, **settings.arguments}
         self.adapters = nn.ModuleList(self._adapter(pair, settings, context) for pair in self.pairs)
 
     def _adapter(self, pair: LayerPair, settings: LossSettings, context: TermContext) -> nn.Module:
         shapes = [context.student_shapes[pair.student], context.teacher_shapes[pair.teacher]]
-        if self.kind == "attention" or not LOSSES[self.name].equal_widths:
+        if self.compared == "attention" or not LOSSES[self.name].equal_widths:
             return nn.Identity()
         shapes = [kind_shape(shape, self.kind) for shape in shapes]
         where = f"distillation.losses.{self.name}"
@@ -162,8 +164,10 @@ class FeatureTerm(nn.Module):
         for pair, adapter in zip(self.pairs, self.adapters, strict=True):
             student = adapter(seen.features[Tap(pair.student, self.kind).key])
             teacher = seen.teacher.features[Tap(pair.teacher, self.kind).key]
-            if self.kind != "pooled":
-                student, teacher = match_positions(student, teacher, kind=self.kind)
+            if self.compared != self.kind:
+                student, teacher = (as_kind(x, self.compared) for x in (student, teacher))
+            if self.compared != "pooled":
+                student, teacher = match_positions(student, teacher, kind=self.compared)
             students.append(student)
             teachers.append(teacher)
         return students, teachers
