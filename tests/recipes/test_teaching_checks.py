@@ -1,5 +1,7 @@
 """What a recipe may not ask of losses, layers and teachers: one error before anything runs."""
 
+import re
+
 import pytest
 
 from understudy.errors import RecipeError
@@ -53,10 +55,42 @@ def test_every_loss_passes_with_its_defaults_on_embeddings_or_named_layers(probl
         ({"dkd": {"layers": [{}]}}, "dkd reads logits: drop layers and keep"),
         ({"rkd": {"layers": [{}, {}]}}, "rkd takes one pair of layers, not 2"),
         ({"hint": {"keep": "attention"}}, "hint cannot be computed from keep 'attention'"),
+        ({"nst": {"keep": "pooled"}}, "nst cannot be computed from keep 'pooled'"),
+        ({"review": {"keep": "pooled"}}, "review cannot be computed from keep 'pooled'"),
     ],
 )
 def test_a_loss_that_cannot_be_is_refused(problems, loss, words):
     assert words in problems(loss)[0]
+
+
+@pytest.mark.parametrize("name", ["attention_transfer", "salient_attention", "nst", "review"])
+@pytest.mark.parametrize(
+    "layers", [[], [{"student": "blocks.0"}], [{"student": "blocks.0", "teacher": "2/embedding"}]]
+)
+def test_a_loss_on_positions_asks_for_layers_in_the_place_of_an_embedding(problems, name, layers):
+    (text,) = problems({name: {"layers": layers}})
+    assert f"{name} compares positions, which an embedding has not: name layers" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "words"),
+    [
+        ("attention_transfer", {"teacher": "linear"}, "the teacher: 'linear': .* has no positions"),
+        ("salient_attention", {"student": "linear"}, "the student: .* has no positions"),
+        ("nst", {"student": "linear", "teacher": "linear"}, "distillation.losses.nst: "),
+        ("review", {"student": "linear", "teacher": "linear"}, "distillation.losses.review: "),
+        ("hint", {"student": "linear"}, "distillation.losses.hint: "),
+        ("embedding_alignment", {}, "distillation.losses.embedding_alignment: .* expected.*N, D"),
+    ],
+)
+def test_layers_that_a_loss_cannot_compare_are_told_before_anything_runs(
+    problems, name, layers, words
+):
+    pair = {"student": "blocks.0", "teacher": "layer3", **layers}
+    keep = {"keep": "map"} if name == "embedding_alignment" else {}
+    # Every loss says what is wrong with it, and one that is right nothing.
+    (text,) = problems({name: {"layers": [pair], **keep}, "rkd": {}})
+    assert re.search(words, text)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -109,6 +143,18 @@ def test_with_several_teachers_a_layer_says_whose_it_is(problems):
     pair["teacher"] = "2/layer9"
     (text,) = problems({"hint": {"layers": [pair]}}, strategy=ensemble)
     assert "the teacher-2" in text
+
+
+def test_the_default_embedding_says_whose_it_is_too(problems):
+    ensemble = {
+        "name": "ensemble",
+        "teachers": [{"model": RESNET, "training": {"num_epochs": 1}}],
+    }
+    (text,) = problems({"rkd": {}, "dist": {}}, strategy=ensemble)
+    assert "losses.rkd compares with the teacher's layer 'embedding'" in text
+    assert "[{student: embedding, teacher: 1/embedding}]" in text
+    named = {"layers": [{"student": "embedding", "teacher": "1/embedding"}]}
+    assert problems({"rkd": named}, strategy=ensemble) == []
 
 
 def test_a_strategy_says_what_it_needs(problems):

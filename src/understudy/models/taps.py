@@ -378,4 +378,4 @@ def _unknown(unknown: Sequence[str], survey: _Survey) -> str:
 
 
 def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
+    return ", ".join(f"'{name}'" for name in dict.fromkeys(names))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from understudy.data.batches import Batch
 from understudy.errors import problem
 from understudy.heads.adapters import describe_match
 from understudy.models.taps import check_taps, kind_shape, tap_shapes
@@ -15,29 +16,39 @@ from understudy.recipes.check_curriculum import check_balance, check_curriculum
 from understudy.recipes.networks import build_model
 from understudy.recipes.outputs import teacher_features
 from understudy.recipes.run import Run
-from understudy.train.distill_settings import kept_kind
+from understudy.teachers.outputs import TeacherOutputs
+from understudy.train.distill_settings import (
+    DistillSettings,
+    LossSettings,
+    compared_kind,
+    layers_of,
+)
 from understudy.train.loss_table import LOSSES
-from understudy.train.terms import TermContext, build_terms, student_taps
+from understudy.train.terms import Seen, TermContext, build_terms, student_taps, teacher_taps
+
+# Pictures that every loss on features is tried on before anything runs.
+NUM_TRIED = 2
 
 
 def check_teaching(run: Run) -> list[str]:
     """Return everything wrong with losses and layers; all networks can be built already."""
-    problems = check_losses(run) + check_curriculum(run) + check_balance(run)
+    problems = check_losses(run) + check_stored(run) + check_contrast(run)
+    problems += check_curriculum(run) + check_balance(run)
     if problems or not student_taps(run.recipe.distillation):
         return problems
     student = build_model(run, "student")
-    names = [tap.name for tap in student_taps(run.recipe.distillation)]
-    problems += check_taps(student, run.source.image_shape, names, where="the student")
+    taps = student_taps(run.recipe.distillation)
+    problems += check_taps(student, run.source.image_shape, taps, where="the student")
     teachers = {role: build_model(run, role) for role in run.teachers}
     problems += check_members(run)
     for role, teacher in teachers.items():
-        names = [tap.name for tap in teacher_features(run, role)]
-        problems += check_taps(teacher, run.source.image_shape, names, where=f"the {role}")
+        taps = teacher_features(run, role)
+        problems += check_taps(teacher, run.source.image_shape, taps, where=f"the {role}")
     return problems or check_adapters(run, student, teachers)
 
 
 def check_losses(run: Run) -> list[str]:
-    """Losses must have what they read: labels of their own, stored outputs, a plain network."""
+    """Losses must have what they read: a teacher, labels of their own, a plain network."""
     settings, recipe = run.recipe.distillation, run.recipe
     problems = []
     if settings.losses and not run.teaches_first:
@@ -66,22 +77,6 @@ def check_losses(run: Run) -> list[str]:
                 mend="Drop mixup and cutmix from views.transforms, or these losses.",
             )
         )
-    if "class_prior" in settings.losses and run.teaches_first and not run.stores_outputs:
-        problems.append(
-            problem(
-                "class_prior with labelling.live",
-                expected="stored outputs, over which the priors are the mean",
-                mend="Set labelling.live to false.",
-            )
-        )
-    if "crd" in settings.losses and recipe.device.num_processes > 1:
-        problems.append(
-            problem(
-                f"crd with device.num_processes {recipe.device.num_processes}",
-                expected="one process, which holds the memory of all training pictures",
-                mend="Set device.num_processes to 1, or drop crd.",
-            )
-        )
     if recipe.training.compile and student_taps(settings):
         problems.append(
             problem(
@@ -93,19 +88,52 @@ def check_losses(run: Run) -> list[str]:
     return problems
 
 
+def check_stored(run: Run) -> list[str]:
+    """Losses on the teacher's outputs must find them stored as they read them."""
+    losses, problems = run.recipe.distillation.losses, []
+    if "class_prior" in losses and run.teaches_first and not run.stores_outputs:
+        problems.append(
+            problem(
+                "class_prior with labelling.live",
+                expected="stored outputs, over which the priors are the mean",
+                mend="Set labelling.live to false.",
+            )
+        )
+    return problems
+
+
+def check_contrast(run: Run) -> list[str]:
+    """The memory of ``crd`` has one row for each picture, in one place."""
+    if "crd" not in run.recipe.distillation.losses:
+        return []
+    problems, num_processes = [], run.recipe.device.num_processes
+    if num_processes > 1:
+        problems.append(
+            problem(
+                f"crd with device.num_processes {num_processes}",
+                expected="one process, which holds the memory of all training pictures",
+                mend="Set device.num_processes to 1, or drop crd.",
+            )
+        )
+    return problems
+
+
 def check_members(run: Run) -> list[str]:
-    """With several teachers a layer says whose it is."""
+    """With several teachers a layer says whose it is, the embedding that is the default too."""
     if len(run.teachers) < 2:
         return []
     known = tuple(f"{number}/" for number in range(1, len(run.teachers) + 1))
     return [
         problem(
-            f"distillation.losses.{name} names the teacher's layer {pair.teacher!r}",
+            f"distillation.losses.{name} compares with the teacher's layer {pair.teacher!r}, and "
+            f"there are {len(run.teachers)} teachers",
             expected=f"the number of the teacher before it, such as `1/{pair.teacher}`",
-            mend="Say whose layer it is.",
+            mend="Say in its `layers` whose layer it is, such as "
+            f"[{{student: {pair.student}, teacher: 1/{pair.teacher}}}].",
         )
         for name, loss in run.recipe.distillation.losses.items()
-        for pair in loss.layers
+        if LOSSES[name].reads != "logits"
+        for pair in layers_of(loss)
         if not pair.teacher.startswith(known)
     ]
 
@@ -114,30 +142,65 @@ def check_adapters(run: Run, student: nn.Module, teachers: Mapping[str, nn.Modul
     """Every pair of layers can be compared; how unequal shapes are resolved is logged."""
     from understudy.recipes.check import problems_of
 
-    shape, num_classes = run.source.image_shape, len(run.source.class_names)
+    shape, settings = run.source.image_shape, run.recipe.distillation
     teacher_shapes = {
         (f"{number}/" if len(teachers) > 1 else "") + name: found
         for number, teacher in enumerate(teachers.values(), start=1)
         for name, found in tap_shapes(teacher, shape).items()
     }
+    few_N = run.splits.train[:NUM_TRIED]
     context = TermContext(
         student_shapes=tap_shapes(student, shape),
         teacher_shapes=teacher_shapes,
-        train_indices_N=run.splits.train[:1],
-        train_labels_N=run.source.labels_N[run.splits.train[:1]],
-        prior_KK=torch.zeros(num_classes, num_classes),
+        train_indices_N=few_N,
+        train_labels_N=run.source.labels_N[few_N],
     )
-    settings = run.recipe.distillation
-    problems = problems_of(lambda: build_terms(settings, context))
+    problems = []
     for name, loss in settings.losses.items():
-        for pair in loss.layers:
-            kind = kept_kind(name, loss)
-            shapes = (
-                kind_shape(context.student_shapes[pair.student], kind),
-                kind_shape(teacher_shapes[pair.teacher], kind),
-            )
-            if shapes[0] != shapes[1]:
-                adapter = loss.adapter if LOSSES[name].equal_widths else "none"
-                sentence = describe_match(*shapes, adapter, features=kind)
-                log.info("%s, %s from %s: %s", name, pair.student, pair.teacher, sentence)
+        if LOSSES[name].reads == "logits":
+            continue
+        alone = settings.model_copy(update={"losses": {name: loss}})
+        where = f"distillation.losses.{name}"
+        found = problems_of(lambda alone=alone: try_losses(alone, context))  # type: ignore[misc]
+        problems += [text if text.startswith(where) else f"{where}: {text}" for text in found]
+        if not found:
+            log_matches(name, loss, context)
     return problems
+
+
+def try_losses(settings: DistillSettings, context: TermContext) -> None:
+    """Build losses on features and run them on zeros: what cannot meet is told before any training.
+
+    Raises:
+        ModelError: layers that a loss cannot compare.
+    """
+    labels_N = context.train_labels_N
+    shapes = (
+        (student_taps(settings), context.student_shapes),
+        (teacher_taps(settings), context.teacher_shapes),
+    )
+    student, teacher = (
+        {t.key: torch.zeros(len(labels_N), *kind_shape(known[t.name], t.kind)) for t in taps}
+        for taps, known in shapes
+    )
+    no_logits_NK = torch.zeros(len(labels_N), 0)
+    batch = Batch(context.train_indices_N, torch.zeros(len(labels_N), 0, 0, 0), labels_N)
+    outputs = TeacherOutputs(no_logits_NK, teacher)
+    # Random numbers are as they were: some losses draw their weights, crd its negatives too.
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        for term in build_terms(settings, context).eval().values():
+            term(Seen(no_logits_NK, student, outputs, batch, temperature=1.0))
+
+
+def log_matches(name: str, loss: LossSettings, context: TermContext) -> None:
+    """Log how the layers of unequal shapes that the recipe names are made to meet."""
+    kind = compared_kind(name, loss)
+    for pair in loss.layers:
+        shapes = (
+            kind_shape(context.student_shapes[pair.student], kind),
+            kind_shape(context.teacher_shapes[pair.teacher], kind),
+        )
+        if shapes[0] != shapes[1]:
+            adapter = loss.adapter if LOSSES[name].equal_widths else "none"
+            sentence = describe_match(*shapes, adapter, features=kind)
+            log.info("%s, %s from %s: %s", name, pair.student, pair.teacher, sentence)

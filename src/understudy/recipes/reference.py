@@ -139,10 +139,12 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def losses() -> str:
     """Return the table of losses that `distillation.losses` may name."""
+    needy = ", ".join(f"`{name}`" for name, facts in LOSSES.items() if facts.needs_positions)
     lines = [
         "## Losses\n",
         "For `distillation.losses`, besides `kl_weight` and `ce_weight`. A loss on features reads "
-        "the layers that `layers` names; without any, the embeddings.\n",
+        f"the layers that `layers` names; without any, the embeddings. {needy} compare positions, "
+        "which embeddings have not: they need `layers`.\n",
         "| loss | reads | weight | adapter | arguments |",
         "|---|---|---|---|---|",
     ]

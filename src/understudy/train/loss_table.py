@@ -23,6 +23,7 @@ class LossFacts:
             they have not.
         needs_labels: makes no sense where two pictures are mixed, or without labels.
         one_layer: takes exactly one pair of layers.
+        needs_positions: compares where features lie, which vectors such as embeddings do not say.
         arguments: name to default; None takes the temperature of the distillation.
     """
 
@@ -31,6 +32,7 @@ class LossFacts:
     equal_widths: bool = False
     needs_labels: bool = False
     one_layer: bool = False
+    needs_positions: bool = False
     arguments: Mapping[str, float | None] = field(default_factory=dict)
 
 
@@ -71,15 +73,23 @@ LOSSES: dict[str, LossFacts] = {
         "logits", weight=0.1, needs_labels=True, arguments={"temperature": None}
     ),
     "hint": LossFacts("map", weight=100.0, equal_widths=True),
-    "attention_transfer": LossFacts("attention", weight=1000.0),
-    "nst": LossFacts("map", weight=50.0),
-    "review": LossFacts("map", weight=1.0, equal_widths=True, arguments={"mid_channels": 64.0}),
+    "attention_transfer": LossFacts("attention", weight=1000.0, needs_positions=True),
+    "nst": LossFacts("map", weight=50.0, needs_positions=True),
+    "review": LossFacts(
+        "map",
+        weight=1.0,
+        equal_widths=True,
+        needs_positions=True,
+        arguments={"mid_channels": 64.0},
+    ),
     "vid": LossFacts("map", weight=1.0, equal_widths=True),
     "embedding_alignment": LossFacts(
         "pooled", equal_widths=True, arguments={"cosine_weight": 1.0, "mse_weight": 1.0}
     ),
     "salient_attention": LossFacts(
-        "attention", arguments={"salient_share": 0.8, "peak_limit": 3.0, "background": 0.01}
+        "attention",
+        needs_positions=True,
+        arguments={"salient_share": 0.8, "peak_limit": 3.0, "background": 0.01},
     ),
     "similarity_preserving": LossFacts("pooled", weight=3000.0, one_layer=True),
     "rkd": LossFacts(
