@@ -118,6 +118,11 @@ def test_unequal_widths_without_an_adapter_are_refused(problems):
             {"views": {"transforms": [{"mixup": {}}]}},
             "together with views that mix two pictures",
         ),
+        (
+            {"crd": {}},
+            {"views": {"transforms": [{"cutmix": {}}]}},
+            "crd together with views that mix two pictures",
+        ),
         ({"class_prior": {}}, {"labelling": {"live": True}}, "class_prior with labelling.live"),
         ({"rkd": {}}, {"training": {"compile": True}}, "training.compile together with losses"),
         ({"crd": {}}, {"device": {"num_processes": 2}}, "crd with device.num_processes 2"),
@@ -155,6 +160,23 @@ def test_the_default_embedding_says_whose_it_is_too(problems):
     assert "[{student: embedding, teacher: 1/embedding}]" in text
     named = {"layers": [{"student": "embedding", "teacher": "1/embedding"}]}
     assert problems({"rkd": named}, strategy=ensemble) == []
+
+
+def test_stored_top_classes_of_several_teachers_have_no_classes_in_common(problems):
+    ensemble = {
+        "name": "ensemble",
+        "teachers": [{"model": RESNET, "training": {"num_epochs": 1}}],
+    }
+    labelling = {"top_k": 3}
+    (text,) = problems({"top_k_kl": {}}, strategy=ensemble, labelling=labelling)
+    assert "top_k_kl with labelling.top_k 3 and 2 teachers" in text
+    assert problems({"top_k_kl": {}}, labelling=labelling) == []
+    assert problems({"top_k_kl": {}}, strategy=ensemble) == []
+
+
+def test_contrast_needs_no_labels(problems):
+    teaching = {"ce_weight": 0, "losses": {"crd": {}}}
+    assert problems(strategy={"name": "label_free"}, distillation=teaching) == []
 
 
 def test_a_strategy_says_what_it_needs(problems):

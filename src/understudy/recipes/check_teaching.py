@@ -99,6 +99,17 @@ def check_stored(run: Run) -> list[str]:
                 mend="Set labelling.live to false.",
             )
         )
+    top_k = run.recipe.labelling.top_k
+    if "top_k_kl" in losses and top_k is not None and run.stores_outputs and len(run.teachers) > 1:
+        # Every member keeps classes of its own, so none but all of them have an answer of all.
+        problems.append(
+            problem(
+                f"top_k_kl with labelling.top_k {top_k} and {len(run.teachers)} teachers, each of "
+                "which keeps classes of its own",
+                expected="one teacher, or all outputs of each",
+                mend="Drop labelling.top_k, or take kl_weight in the place of top_k_kl.",
+            )
+        )
     return problems
 
 
@@ -107,6 +118,15 @@ def check_contrast(run: Run) -> list[str]:
     if "crd" not in run.recipe.distillation.losses:
         return []
     problems, num_processes = [], run.recipe.device.num_processes
+    if run.views.mixes:
+        # A mixture would go into the row of one picture, and have the other for a negative.
+        problems.append(
+            problem(
+                "crd together with views that mix two pictures",
+                expected="one picture for each row of its memory",
+                mend="Drop mixup and cutmix from views.transforms, or crd.",
+            )
+        )
     if num_processes > 1:
         problems.append(
             problem(
