@@ -69,7 +69,8 @@ def test_a_loss_that_cannot_be_is_refused(problems, loss, words):
 )
 def test_a_loss_on_positions_asks_for_layers_in_the_place_of_an_embedding(problems, name, layers):
     (text,) = problems({name: {"layers": layers}})
-    assert f"{name} compares positions, which an embedding has not: name layers" in text
+    assert f"{name} compares positions, which an embedding has not" in text
+    assert f"Name them in distillation.losses.{name}.layers" in text
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import nn
 from understudy.data.batches import Batch
 from understudy.errors import problem
 from understudy.heads.adapters import describe_match
-from understudy.models.taps import check_taps, kind_shape, tap_shapes
+from understudy.models.taps import EMBEDDING, check_taps, kind_shape, tap_shapes
 from understudy.progress import log
 from understudy.recipes.check_curriculum import check_balance, check_curriculum
 from understudy.recipes.networks import build_model
@@ -32,7 +32,7 @@ NUM_TRIED = 2
 
 def check_teaching(run: Run) -> list[str]:
     """Return everything wrong with losses and layers; all networks can be built already."""
-    problems = check_losses(run) + check_stored(run) + check_contrast(run)
+    problems = check_losses(run) + check_stored(run) + check_contrast(run) + check_positions(run)
     problems += check_curriculum(run) + check_balance(run)
     if problems or not student_taps(run.recipe.distillation):
         return problems
@@ -136,6 +136,24 @@ def check_contrast(run: Run) -> list[str]:
             )
         )
     return problems
+
+
+def check_positions(run: Run) -> list[str]:
+    """Losses that compare positions name layers that have them."""
+    return [
+        problem(
+            f"distillation.losses.{name} compares positions, which an embedding has not",
+            expected="layers with positions, of the student and of the teacher",
+            mend=f"Name them in distillation.losses.{name}.layers: "
+            "[{student: LAYER, teacher: LAYER}].",
+        )
+        for name, loss in run.recipe.distillation.losses.items()
+        if LOSSES[name].needs_positions
+        # With several teachers it is "2/embedding".
+        and any(
+            EMBEDDING in (pair.student, pair.teacher.rpartition("/")[2]) for pair in layers_of(loss)
+        )
+    ]
 
 
 def check_members(run: Run) -> list[str]:

@@ -203,15 +203,6 @@ def _loss_problems(name: str, losses: dict[str, LossSettings]) -> list[str]:
         problems.append(f"{name} reads logits: drop layers and keep")
     if facts.one_layer and len(settings.layers) > 1:
         problems.append(f"{name} takes one pair of layers, not {len(settings.layers)}")
-    reads_embedding = any(
-        "embedding" in (pair.student, pair.teacher.rpartition("/")[2])  # "2/embedding": whose
-        for pair in layers_of(settings)
-    )
-    if facts.needs_positions and reads_embedding:
-        problems.append(
-            f"{name} compares positions, which an embedding has not: name layers that have them, "
-            f"as in losses.{name}.layers: [{{student: LAYER, teacher: LAYER}}]"
-        )
     if settings.keep not in (None, facts.reads, *_also_read(facts)):
         problems.append(f"{name} cannot be computed from keep {settings.keep!r}")
     return problems
