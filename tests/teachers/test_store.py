@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from understudy.errors import InputError, StoreError
-from understudy.teachers.entry_files import decoded_bytes
+from understudy.teachers.entry_files import decoded_bytes, locked
 from understudy.teachers.maintenance import collect_garbage, list_entries, verify_store
 from understudy.teachers.store import CHUNK_ROWS, Entry, OutputStore, StoreKey
 
@@ -291,6 +291,37 @@ def test_gc_deletes_what_meets_every_condition(tmp_path):
     assert not leftover.exists()
     collect_garbage(store, keep=keep)
     assert store.entry_ids() == [kept.entry_id]
+
+
+def test_gc_of_the_incomplete_leaves_what_is_being_labelled(tmp_path):
+    store = OutputStore(tmp_path)
+    held, young, left = (new_entry(tmp_path, top_k=top_k) for top_k in (2, 3, 4))
+    for entry in (held, left):
+        age(entry, 7200)
+    with locked(held.path):
+        age(held, 7200)
+        for dry_run in (True, False):
+            gone = collect_garbage(store, incomplete=True, idle_for_s=3600, dry_run=dry_run)
+            assert [summary.entry_id for summary in gone] == [left.entry_id]
+    assert store.entry_ids() == sorted([held.entry_id, young.entry_id])
+    age(held, 7200)
+    assert len(collect_garbage(store, incomplete=True, idle_for_s=3600)) == 1
+
+
+def age(entry: Entry, seconds: float) -> None:
+    for path in entry.path.iterdir():
+        os.utime(path, (time.time() - seconds, time.time() - seconds))
+
+
+def test_files_that_go_away_meanwhile_are_no_error(tmp_path, monkeypatch):
+    new_entry(tmp_path)
+    listed = Path.iterdir
+
+    def with_a_file_that_is_gone(folder):
+        return [*listed(folder), folder / ".c.0.0.abcdefgh.part"]
+
+    monkeypatch.setattr(Path, "iterdir", with_a_file_that_is_gone)
+    assert len(list_entries(OutputStore(tmp_path))) == 1
 
 
 def write_all(root: Path, offset: float, barrier) -> None:

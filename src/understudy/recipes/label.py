@@ -16,6 +16,7 @@ from understudy.progress import log, shown_progress
 from understudy.recipes.networks import trained_model
 from understudy.recipes.outputs import (
     as_one,
+    holds_all,
     open_entries,
     sample_pictures,
     stored_hashes,
@@ -51,7 +52,7 @@ def label(run: Run) -> Record:
         section=section,
         parents=parents,
         # What the record describes lies in the store, and may be damaged or gone.
-        holds=lambda record: stored_hashes(run) == record.payload["entries"],
+        holds=lambda record: holds_all(run, record),
     )
     if stage.record is not None:
         return stage.record

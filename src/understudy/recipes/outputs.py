@@ -10,6 +10,7 @@ from torch import Tensor
 from understudy.artifacts import Record, content_hash, file_hash
 from understudy.data.batches import Batch
 from understudy.data.splits import spread
+from understudy.errors import StoreError, problem
 from understudy.models.taps import Tap, kind_shape, tap_shapes
 from understudy.recipes.networks import WEIGHTS_NAME, trained_model
 from understudy.recipes.run import Run
@@ -19,7 +20,7 @@ from understudy.teachers.entry_files import SEAL_NAME
 from understudy.teachers.label import view_keys
 from understudy.teachers.outputs import TeacherOutputs
 from understudy.teachers.store import Entry, OutputStore
-from understudy.teachers.stored import StoredTeacher
+from understudy.teachers.stored import StoredTeacher, check_complete
 from understudy.train.feed import TeacherSource
 from understudy.train.objective import value_at
 from understudy.train.terms import teacher_taps
@@ -106,12 +107,33 @@ def feature_shapes(run: Run, role: str, taps: list[Tap]) -> dict[str, tuple[int,
 
 
 def stored_hashes(run: Run) -> dict[str, str]:
-    """Return the hash of every entry that is complete.
+    """Return the hash of every entry.
 
     They are part of the record, so a student is trained again when its teacher's outputs change.
+
+    Raises:
+        StoreError: an entry is not complete: another process removed some of it.
     """
     entries = [entry for role in run.teachers for entry in open_entries(run, role)]
-    return {e.entry_id: file_hash(e.path / SEAL_NAME) for e in entries if e.complete}
+    check_complete(entries)
+    try:
+        return {entry.entry_id: file_hash(entry.path / SEAL_NAME) for entry in entries}
+    except FileNotFoundError as error:
+        raise StoreError(
+            problem(
+                f"{error.filename} was removed by another process",
+                expected="the outputs that were just labelled",
+                mend="Run the labelling stage again; it computes only what is missing.",
+            )
+        ) from None
+
+
+def holds_all(run: Run, record: Record) -> bool:
+    """Return whether all that the record of a labelling describes is stored, and nothing lacks."""
+    try:
+        return stored_hashes(run) == record.payload["entries"]
+    except StoreError:
+        return False
 
 
 def run_entry_ids(run: Run) -> list[str]:

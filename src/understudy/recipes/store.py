@@ -7,6 +7,7 @@ from pathlib import Path
 from understudy.errors import InputError, StoreError, problem
 from understudy.recipes.run import home_folder
 from understudy.teachers.maintenance import (
+    LEFTOVER_AGE_S,
     EntrySummary,
     collect_garbage,
     list_entries,
@@ -102,7 +103,11 @@ def remove(
         )
     unused_for_s = None if older_than_days is None else older_than_days * SECONDS_PER_DAY
     gone = collect_garbage(
-        open_store(folder), unused_for_s=unused_for_s, incomplete=incomplete, dry_run=dry_run
+        open_store(folder),
+        unused_for_s=unused_for_s,
+        incomplete=incomplete,
+        idle_for_s=LEFTOVER_AGE_S,
+        dry_run=dry_run,
     )
     verb = "would be removed" if dry_run else "removed"
     total = sum(entry.size_bytes for entry in gone)

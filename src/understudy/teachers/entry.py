@@ -126,7 +126,7 @@ class Entry:
 
     def missing_chunks(self) -> list[int]:
         """Return the numbers of the chunks that are still to be computed."""
-        names = {path.name for path in self.path.iterdir()}
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         return [c for c in range(self.num_chunks) if self.chunk_path(c).name not in names]
 
     def damaged_chunks(self) -> list[int]:

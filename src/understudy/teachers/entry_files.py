@@ -137,6 +137,20 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """Hold the entry unless another process does; yields whether it may be changed."""
+    with contextlib.ExitStack() as stack:
+        is_free = True
+        with contextlib.suppress(OSError):  # no lock was ever taken, or none can be
+            file = stack.enter_context((path / ".lock").open("r+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                is_free = False
+        yield is_free
+
+
+@contextlib.contextmanager
 def clear_disk_errors(path: Path) -> Iterator[None]:
     """Turn what the system says about a disk into a StoreError that says what to do."""
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Collection
@@ -19,6 +21,7 @@ from understudy.teachers.entry_files import (
     ARRAY_NAME,
     MANIFEST_NAME,
     SEAL_NAME,
+    locked_if_free,
     read_manifest,
     restore_metadata,
 )
@@ -119,15 +122,20 @@ def collect_garbage(
     keep: Collection[str] | None = None,
     unused_for_s: float | None = None,
     incomplete: bool = False,
+    idle_for_s: float = 0.0,
     dry_run: bool = False,
 ) -> list[EntrySummary]:
     """Delete entries that meet every given condition, and what killed writers left behind.
 
+    An entry that another process holds at this moment stays.
+
     Args:
         store: the store.
         keep: entries to keep; all others may go.
-        unused_for_s: only entries that nobody has written for so many seconds.
+        unused_for_s: only entries that nobody has written or read for so many seconds.
         incomplete: only entries that are not complete.
+        idle_for_s: of those only what nobody has written for so long, as a labelling may be under
+            way that holds no lock between two chunks.
         dry_run: say what would go and delete nothing.
 
     Returns:
@@ -145,24 +153,32 @@ def collect_garbage(
             )
         )
     doomed = []
-    for summary in list_entries(store):
-        kept = keep is not None and summary.entry_id in keep
-        young = unused_for_s is not None and time.time() - summary.last_used < unused_for_s
-        if not (kept or young or (incomplete and summary.complete)):
-            doomed.append(summary)
-        elif not dry_run:
-            _delete_leftovers(store.root / summary.entry_id)
-    for summary in [] if dry_run else doomed:
-        folder = store.root / summary.entry_id
-        # The manifest goes first: a half-deleted entry is then one that was never made.
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    for entry_id in store.entry_ids():
+        folder = store.root / entry_id
+        with locked_if_free(folder) as is_free:
+            summary = _summary(store, entry_id)
+            age_s = time.time() - summary.last_used
+            stays = [
+                not is_free,
+                keep is not None and entry_id in keep,
+                # Said this way round, an age that is not a number spares everything.
+                unused_for_s is not None and not age_s >= unused_for_s,
+                incomplete and (summary.complete or age_s < idle_for_s),
+            ]
+            if not any(stays):
+                doomed.append(summary)
+                if not dry_run:
+                    # The manifest goes first: a half-deleted entry is then one never made.
+                    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+                    shutil.rmtree(folder, ignore_errors=True)
+            elif not dry_run:
+                _delete_leftovers(folder)
     return doomed
 
 
 def _summary(store: OutputStore, entry_id: str) -> EntrySummary:
     folder = store.root / entry_id
-    stats = [path.stat() for path in folder.iterdir()]
+    stats = _stats(folder)
     entry, damage = None, None
     try:
         entry = store.open(entry_id)
@@ -186,6 +202,16 @@ def _summary(store: OutputStore, entry_id: str) -> EntrySummary:
         last_used=max((stat.st_mtime for stat in stats), default=0.0),
         damage=damage,
     )
+
+
+def _stats(folder: Path) -> list[os.stat_result]:
+    """Return the facts of the files in a folder, without those that go away meanwhile."""
+    stats = []
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                stats.append(path.stat())
+    return stats
 
 
 def _check_files(
@@ -272,5 +298,6 @@ def _check_rows(
 
 def _delete_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.part"):
-        if time.time() - path.stat().st_mtime > LEFTOVER_AGE_S:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > LEFTOVER_AGE_S:
+                path.unlink()

@@ -43,7 +43,7 @@ class StoredTeacher:
         memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
     ) -> None:
         self._views = entries_by_view(entries, indices_N)
-        _check_complete(entries)
+        check_complete(entries)
         self._indices_N = indices_N.contiguous()
         self._memory_limit_bytes = memory_limit_bytes
         self._view: int | None = None
@@ -111,7 +111,8 @@ def load_view(entry: Entry) -> Tensor:
     return torch.from_numpy(words.reshape(len(words), *entry.format.row_shape))
 
 
-def _check_complete(entries: Sequence[Entry]) -> None:
+def check_complete(entries: Sequence[Entry]) -> None:
+    """Raise StoreError unless all rows of every entry are there."""
     for entry in entries:
         if not entry.complete:
             raise StoreError(
