@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,6 +43,7 @@ IMAGE_SUFFIXES = frozenset(
         *("ppm", "pgm", "pbm", "pnm", "avif", "jp2", "tga"),
     )
 )
+MAX_NAMES = 20
 ACCEPTED = (
     "'digits', a .parquet or .arrow file, a folder of such files, a folder written by "
     "save_to_disk, an image folder (train/CLASS/*.png or CLASS/*.png), or a name on the hub"
@@ -112,6 +114,7 @@ def locate_pictures(source: str) -> Location:
     pictures = tuple(path for path in files if is_image_name(path))
     if not pictures:
         raise DataError(problem(f"{root} holds no data", expected=ACCEPTED, mend="Check the path."))
+    _require_utf8(pictures)
     return Location("images", str(root), {"train": pictures}, {})
 
 
@@ -266,7 +269,11 @@ def _image_folder(root: Path, splits: Mapping[str, str] | None) -> Location:
         raise DataError(problem(f"{root} holds no data", expected=ACCEPTED, mend="Check the path."))
     if problems:
         raise DataError(*problems)
-    return Location("images", str(root), files, parts)
+    location = Location("images", str(root), files, parts)
+    _require_utf8(
+        [*map(Path, class_names(location)), *(p for found in files.values() for p in found)]
+    )
+    return location
 
 
 def _is_split_folder(path: Path) -> bool:
@@ -281,13 +288,19 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
+def class_names(location: Location) -> list[str]:
+    """Return the class names of all parts of an image folder, sorted; empty classes too."""
+    roots = [Path(location.root) / name for name in location.parts.values()]
+    return sorted({name for root in roots for name in class_folders(root)})
+
+
 def class_folders(root: Path) -> list[str]:
     """Return the class names of one part of an image folder, sorted; empty classes too."""
     return sorted(path.name for path in root.iterdir() if _is_visible_folder(path))
 
 
 def _is_visible_folder(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith((".", "__"))
+    return path.is_dir() and not _is_hidden(path.name)
 
 
 def _visible(folder: Path, suffixes: frozenset[str]) -> list[Path]:
@@ -299,10 +312,46 @@ def _visible(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 
 def _all_files(folder: Path) -> tuple[Path, ...]:
-    """Return all files below, sorted, without hidden ones."""
-    return tuple(
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-    )
+    """Return all files below, sorted, without hidden ones; links to folders are followed."""
+    found: list[Path] = []
+    # The real folders on the way to each: a link back to one of them would never end. Two links
+    # to one folder are both followed, as a class must not lose its pictures to another.
+    ways = {str(folder): frozenset({os.path.realpath(folder)})}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        way, entered = ways.pop(parent), []
+        for path in (Path(parent, name) for name in folders if not _is_hidden(name)):
+            real = os.path.realpath(path)
+            if real not in way:
+                entered.append(path.name)
+                ways[os.path.join(parent, path.name)] = way | {real}  # noqa: PTH118 (as walk names it)
+        folders[:] = entered
+        found += [Path(parent, name) for name in names if not _is_hidden(name)]
+    return tuple(path for path in sorted(found) if path.is_file())
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
+def _require_utf8(paths: Iterable[Path]) -> None:
+    """Raise one DataError for all names that no table, record or message can hold."""
+    bad = [os.fsencode(path) for path in paths if not _is_utf8(str(path))]
+    if bad:
+        named = ", ".join(map(repr, bad[:MAX_NAMES]))
+        more = f" and {len(bad) - MAX_NAMES} more" if len(bad) > MAX_NAMES else ""
+        raise DataError(
+            problem(
+                f"{len(bad)} file or folder names are not UTF-8: {named}{more}",
+                expected="names in UTF-8, for pictures and their classes",
+                mend="Rename them: the pictures stay as they are.",
+            )
+        )
+
+
+def _is_utf8(text: str) -> bool:
+    # What is not is held in surrogates, which cannot be encoded.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -23,7 +23,7 @@ from understudy.data.images import (
     default_num_workers,
     images_from_tensors,
 )
-from understudy.data.locate import Location, locate
+from understudy.data.locate import Location, class_names, locate
 from understudy.data.scan import Scan, fits, scan
 from understudy.errors import DataError, problem
 
@@ -135,7 +135,10 @@ def _read(
     if cache is not None and location.kind != "hub":
         folder = cache / cache_key(location, {**columns, "image_size": image_size})
         kept = load_scan(folder)
-        if kept is not None:
+        # Folders without pictures, which are no part of the key, give classes too.
+        if kept is not None and (
+            location.kind != "images" or kept[1]["class_names"] == class_names(location)
+        ):
             found, facts = kept
             fitting = fits(found.layout, len(found.sample_ids), memory_limit_bytes)
             if fitting and found.images_NCHW is not None:

@@ -27,7 +27,7 @@ from understudy.data.columns import (
 )
 from understudy.data.decode import Encoded
 from understudy.data.images import GIVEN_SPLITS
-from understudy.data.locate import Location, class_folders, one_part_each
+from understudy.data.locate import Location, class_names, one_part_each
 from understudy.errors import DataError, problem
 
 IMAGE = "image"
@@ -180,7 +180,7 @@ def _only_images(rows: datasets.Dataset, column: str) -> datasets.Dataset:
 
 def _read_image_folder(location: Location) -> dict[str, Table]:
     roots = {split: Path(location.root) / name for split, name in location.parts.items()}
-    names = sorted({name for root in roots.values() for name in class_folders(root)})
+    names = class_names(location)
     features = datasets.Features(
         {IMAGE: datasets.Image(decode=False), "label": datasets.ClassLabel(names=names)}
     )
