@@ -199,3 +199,11 @@ def test_a_fraction_of_each_class_keeps_its_labels():
     assert hidden.fingerprint != digits.fingerprint
     assert torch.equal(hidden.labels_N[hidden_N], torch.full((int(hidden_N.sum()),), -1))
     assert torch.equal(pixels_of(hidden), pixels_of(digits))
+
+
+def test_a_fraction_that_floating_point_puts_over_a_whole_number_is_that_number():
+    digits = load_data("digits")
+    [members] = torch.nonzero(digits.labels_N == 3, as_tuple=True)
+    for fraction, num_kept in ((0.07, 7), (2 / 3, 67), (0.071, 8), (0.5, 50)):
+        hidden_N = hidden_labels(digits, members[:100], fraction=fraction, seed=1)
+        assert int(100 - hidden_N.sum()) == num_kept
