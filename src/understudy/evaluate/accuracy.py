@@ -115,7 +115,7 @@ def predict_logits(
             problem(
                 "there are no samples to evaluate",
                 expected="a split with at least one sample",
-                mend="Give the split a larger fraction in data.fractions.",
+                mend="Raise data.validation_fraction or data.test_fraction.",
             )
         )
     run_device = torch.device("cpu") if device is None else torch.device(device)
@@ -209,7 +209,7 @@ def _check_fit(
             problem(
                 "the split is empty",
                 expected="at least one sample",
-                mend="Give it a larger fraction in data.fractions.",
+                mend="Raise data.validation_fraction or data.test_fraction.",
             )
         )
     elif not 0 <= int(labels_N.min()) <= int(labels_N.max()) < num_classes:
