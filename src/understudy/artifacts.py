@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from understudy.runtime import hardware_facts, package_versions
 RECORD_NAME = "record.json"
 ASIDE_NAME = "replaced"  # in a ``.part`` folder: what had the final name before
 SCHEMA_VERSION = 1
+PART_NAME = re.compile(r"\..+\.[a-z0-9_]{8}\.part")
 
 
 def canonical_json(value: Any) -> str:
@@ -85,6 +87,17 @@ def clear_part(part: Path) -> None:
     if (part / ASIDE_NAME).exists() and not part.with_name(name).exists():
         (part / ASIDE_NAME).rename(part.with_name(name))
     shutil.rmtree(part)
+
+
+def clear_parts(folder: Path, *, below: bool = False) -> None:
+    """Clear what killed processes left in a folder, and with ``below`` in all folders in it.
+
+    Only names as ``tempfile`` makes them here: a user's hidden files stay.
+    """
+    for part in list(folder.rglob(".*.part") if below else folder.glob(".*.part")):
+        # One may have gone with the folder that it was in.
+        if PART_NAME.fullmatch(part.name) and part.exists():
+            clear_part(part)
 
 
 def raise_disk_error(path: Path) -> None:

@@ -67,11 +67,17 @@ def load_recipe(recipe: str | Path | None = None, changes: Sequence[str] = ()) -
     return parse_recipe(values, origin=origin)
 
 
+def is_run_folder(path: str | Path) -> bool:
+    """Return whether a folder holds the recipe of a run."""
+    return (Path(path) / RECIPE_NAME).is_file()
+
+
 def read_recipe(recipe: str | Path | None = None, changes: Sequence[str] = ()) -> tuple[Any, str]:
     """Return the values of a recipe, not validated yet, and where they come from."""
     recipe = DEFAULT_RECIPE if recipe is None else recipe
     path = Path(recipe)
-    if path.is_dir():
+    # The data of a shipped recipe may lie in a folder of its name.
+    if path.is_dir() and (is_run_folder(path) or str(recipe) not in shipped_recipes()):
         path = path / RECIPE_NAME
     if path.is_file():
         values, origin = _parse_yaml(_read(path), str(path)), str(path)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from understudy.artifacts import clear_part, exclusive
+from understudy.artifacts import clear_parts, exclusive
 from understudy.errors import InputError, problem
 from understudy.progress import log
 from understudy.recipes.chain import chained, require_steps
 from understudy.recipes.check import check_recipe, parse_checked
-from understudy.recipes.files import RECIPE_NAME, read_recipe, save_recipe
+from understudy.recipes.files import RECIPE_NAME, is_run_folder, read_recipe, save_recipe
 from understudy.recipes.prepare import split
-from understudy.recipes.run import Run, home_folder
+from understudy.recipes.run import REPORT_NAME, Run, home_folder
 from understudy.recipes.schema import Recipe
 from understudy.train.devices import use_threads
 
@@ -33,7 +33,7 @@ def open_run(
     else:
         values, origin = read_recipe(recipe, changes)
         checked = parse_checked(values, origin=origin)
-        if out is None and recipe is not None and Path(recipe).is_dir():
+        if out is None and recipe is not None and is_run_folder(recipe):
             out = recipe
     folder = Path(out) if out is not None else Path("runs") / checked.name
     run = Run(checked, folder, home_folder())
@@ -43,7 +43,7 @@ def open_run(
 
 def existing_run(folder: str | Path) -> Path:
     """Return the folder of a run that was started, or raise InputError."""
-    if not (Path(folder) / RECIPE_NAME).is_file():
+    if not is_run_folder(folder):
         raise InputError(
             problem(
                 f"{folder} is not a run folder",
@@ -68,9 +68,10 @@ def working(run: Run, command: str = "resume") -> Iterator[None]:
 def start(run: Run) -> None:
     """Prepare this process and write the recipe down, so that the folder can be resumed."""
     use_threads(run.num_threads)
-    for leftover in list(run.folder.rglob(".*.part")):  # of a process that was killed
-        if leftover.exists():  # it is not in one that went with its folder
-            clear_part(leftover)
+    # Each stage clears its own folder as it begins. Others below may be of another run, or the
+    # user's where the run folder is the current one.
+    clear_parts(run.folder)
+    clear_parts(run.folder / REPORT_NAME)
     save_recipe(run.asked, run.folder)
 
 

@@ -17,7 +17,7 @@ from understudy.recipes.exit_report import exit_values
 from understudy.recipes.members import is_ensemble, teacher_name
 from understudy.recipes.networks import model_section
 from understudy.recipes.peers import roles_beside, trains_teacher
-from understudy.recipes.run import Run
+from understudy.recipes.run import REPORT_NAME, Run
 from understudy.recipes.sensitivity_report import sensitivity_values
 from understudy.report.render import write_report
 from understudy.report.results import RunResults
@@ -56,7 +56,7 @@ class Outcome:
 def report(run: Run) -> Outcome:
     """Write ``report/report.html``, ``report.json`` and ``report.md`` from the run's records."""
     results = gather_results(run)
-    files = write_report(results, run.folder / "report")
+    files = write_report(results, run.folder / REPORT_NAME)
     missed = any(row.status == "failed" for row in results.budget)
     return Outcome(results, files.html, missed)
 

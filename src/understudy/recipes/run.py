@@ -17,6 +17,7 @@ from torch import Tensor
 from understudy.artifacts import (
     RECORD_NAME,
     Record,
+    clear_parts,
     content_hash,
     hash_files,
     reusable_record,
@@ -41,6 +42,7 @@ from understudy.recipes.strategies import Ensemble, Mutual
 from understudy.runtime import derive_seed
 
 KEY_NAME = "key"
+REPORT_NAME = "report"
 # Stages' folders of other settings, each with the start of its key.
 REPLACED_NAME = "replaced"
 
@@ -296,6 +298,7 @@ class Run:
         key, folder = stage_key(kind, section, parents), self.folder / kind
         title = f"{self.step}/{kind}" if self.step else kind
         stage = Stage(kind, folder, key, self.recipe.seed, dict(section), dict(parents))
+        clear_parts(folder, below=True)
         if (record := reusable_record(folder, key)) is None:
             self._change_folders(kind, key, title)
             record = reusable_record(folder, key)
