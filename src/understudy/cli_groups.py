@@ -151,7 +151,9 @@ def store_gc(
     older_than_days: Annotated[
         float | None, typer.Option(help="Remove what was not used for this long.")
     ] = None,
-    incomplete: Annotated[bool, typer.Option(help="Remove unfinished entries.")] = False,
+    incomplete: Annotated[
+        bool, typer.Option(help="Remove entries left unfinished for an hour.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
 ) -> None:
     """Remove stored outputs that are no longer wanted."""

@@ -82,11 +82,11 @@ def label_with(run: Run, role: str, folder: Path) -> tuple[Inference, LabelRepor
     return infer, report
 
 
-def teacher_inference(run: Run, role: str, folder: Path) -> Inference:
+def teacher_inference(run: Run, role: str, folder: Path, *, remember: bool = True) -> Inference:
     """Return a teacher in its fastest runtime; a continued stage keeps the one it began with.
 
     Runtimes of one precision differ in the last bits, and an interrupted run must end as an
-    unbroken one does.
+    unbroken one does. Without ``remember`` nothing is written.
     """
     model = trained_model(run, role, run.parent(role, "teach"))
     path = folder / f"{RUNTIME_NAME}-{role}"
@@ -101,7 +101,8 @@ def teacher_inference(run: Run, role: str, folder: Path) -> Inference:
         num_images=len(run.splits.train) * run.recipe.views.num_views,
         taps=teacher_features(run, role),
     )
-    write_text(path, infer.runtime)
+    if remember:
+        write_text(path, infer.runtime)
     log.info("%s runs in %s, precision %s", role, infer.runtime, infer.precision)
     return infer
 
@@ -138,7 +139,7 @@ def recomputation(run: Run) -> Callable[[StoreKey, Tensor], Tensor]:
 
     @cache
     def infer(role: str) -> Inference:
-        return teacher_inference(run, role, run.folder / "labels")
+        return teacher_inference(run, role, run.folder / "labels", remember=False)
 
     def recompute(key: StoreKey, rows_N: Tensor) -> Tensor:
         batches = torch.split(run.splits.train[rows_N], run.recipe.labelling.batch_size)

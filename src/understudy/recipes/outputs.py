@@ -19,7 +19,7 @@ from understudy.teachers.ensemble import EnsembleTeacher
 from understudy.teachers.entry_files import SEAL_NAME
 from understudy.teachers.label import view_keys
 from understudy.teachers.outputs import TeacherOutputs
-from understudy.teachers.store import Entry, OutputStore
+from understudy.teachers.store import Entry, EntryPlan, OutputStore, feature_plan, logits_plan
 from understudy.teachers.stored import StoredTeacher, check_complete
 from understudy.train.feed import TeacherSource
 from understudy.train.objective import value_at
@@ -70,19 +70,21 @@ def teacher_features(run: Run, role: str) -> list[Tap]:
 
 
 def open_entries(run: Run, role: str, *, with_features: bool = True) -> list[Entry]:
-    """Return the store's entries of one teacher, made empty where they are not there yet.
-
-    For every view its logits and the features that the losses look at.
-    """
-    labelling = run.recipe.labelling
+    """Return the store's entries of one teacher, made empty where they are not there yet."""
     store = OutputStore(run.home / "outputs")
+    return [store.make(plan) for plan in entry_plans(run, role, with_features=with_features)]
+
+
+def entry_plans(run: Run, role: str, *, with_features: bool = True) -> list[EntryPlan]:
+    """Return what is stored of one teacher: its logits in every view, and features in losses."""
+    labelling = run.recipe.labelling
     common: dict[str, Any] = {
         "teacher": teacher_identity(run, role, run.parent(role, "teach")),
         "num_views": run.recipe.views.num_views,
         "precision": stored_precision(run),
     }
-    entries = [
-        store.entry(
+    plans = [
+        logits_plan(
             key,
             sample_indices_N=run.splits.train,
             num_classes=len(run.source.class_names),
@@ -92,8 +94,8 @@ def open_entries(run: Run, role: str, *, with_features: bool = True) -> list[Ent
     ]
     taps = teacher_features(run, role) if with_features else []
     shapes = feature_shapes(run, role, taps) if taps else {}
-    return entries + [
-        store.feature_entry(key, sample_indices_N=run.splits.train, row_shape=shapes[key.output])
+    return plans + [
+        feature_plan(key, sample_indices_N=run.splits.train, row_shape=shapes[key.output])
         for tap in taps
         for key in view_keys(run.source, run.views, **common, output=tap.key)
     ]
@@ -131,16 +133,16 @@ def stored_hashes(run: Run) -> dict[str, str]:
 def holds_all(run: Run, record: Record) -> bool:
     """Return whether all that the record of a labelling describes is stored, and nothing lacks."""
     try:
-        return stored_hashes(run) == record.payload["entries"]
+        return bool(stored_hashes(run) == record.payload["entries"])
     except StoreError:
         return False
 
 
-def run_entry_ids(run: Run) -> list[str]:
-    """Return the names of this run's entries; a run that stores nothing has none."""
-    if not run.teaches_first:
+def run_plans(run: Run) -> list[EntryPlan]:
+    """Return what this run stores, whether it is there or not; nothing where it stores nothing."""
+    if not run.stores_outputs:
         return []
-    return [entry.entry_id for role in run.teachers for entry in open_entries(run, role)]
+    return [plan for role in run.teachers for plan in entry_plans(run, role)]
 
 
 def stored_teacher(run: Run) -> TeacherSource:

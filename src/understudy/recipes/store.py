@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from understudy.errors import InputError, StoreError, problem
-from understudy.recipes.run import home_folder
+from understudy.recipes.run import Run, home_folder
+from understudy.teachers.entry_files import MANIFEST_NAME
 from understudy.teachers.maintenance import (
     LEFTOVER_AGE_S,
     EntrySummary,
+    Finding,
     collect_garbage,
     list_entries,
+    unlabelled,
     verify_store,
 )
-from understudy.teachers.store import OutputStore
+from understudy.teachers.store import EntryPlan, OutputStore, StoreKey
 
 SECONDS_PER_DAY = 86_400
 
@@ -62,31 +69,60 @@ def verify(folder: Path | None, *, run_folder: str | None, repair: bool) -> str:
     """Check every byte; with a run, also compute a random sample of its rows again.
 
     Raises:
-        StoreError: something is damaged; everything found is listed.
+        StoreError: something is damaged, or the run's outputs are not all there; everything found
+            is listed.
     """
     store = open_store(folder)
+    run, plans = (None, []) if run_folder is None else _run_and_plans(run_folder)
+    # Before anything is repaired: what is removed then is found by itself.
+    lacking = unlabelled(store, plans)
     findings = verify_store(store, repair=repair)
     checked = f"{len(store.entry_ids())} entries"
-    if run_folder is not None:
-        from understudy.recipes.job import existing_run, open_run
-        from understudy.recipes.label import recomputation
-        from understudy.recipes.outputs import run_entry_ids
-
-        run = open_run(existing_run(run_folder))
-        entry_ids = run_entry_ids(run)
-        findings += verify_store(
-            store, recompute=recomputation(run), entry_ids=entry_ids, repair=repair
-        )
-        checked += f", of which {len(entry_ids)} recomputed in part"
-    if findings:
-        mended = "removed; run labelling again to make it anew" if repair else "run with --repair"
-        raise StoreError(
-            *(
-                f"{f.entry_id[:12]}/{f.file}: {f.message} ({mended})"
-                for f in dict.fromkeys(findings)
-            )
-        )
+    if run is not None and plans:
+        compared, found = _compare(run, store, plans, repair=repair)
+        findings += found
+        checked += f", of which {compared} recomputed in part"
+    removed = "removed; run labelling again to make it anew" if repair else "run with --repair"
+    lines = [
+        f"{f.entry_id[:12]}/{f.file}: {f.message} ({removed})" for f in dict.fromkeys(findings)
+    ]
+    lines += [
+        f"{f.entry_id[:12]}, {f.file}: {f.message} (run `understudy label {run_folder}`)"
+        for f in lacking
+    ]
+    if lines:
+        raise StoreError(*lines)
+    if run is not None and not plans:
+        why = "labelling.live" if run.teaches_first else "no teacher before its student"
+        checked += f", nothing stored of {run_folder} ({why})"
     return f"{checked}: every file is as it was written"
+
+
+def _run_and_plans(run_folder: str) -> tuple[Run, list[EntryPlan]]:
+    from understudy.recipes.job import existing_run, open_run
+    from understudy.recipes.outputs import run_plans
+
+    run = open_run(existing_run(run_folder))
+    return run, run_plans(run)
+
+
+def _compare(
+    run: Run, store: OutputStore, plans: Sequence[EntryPlan], *, repair: bool
+) -> tuple[int, list[Finding]]:
+    """Compute rows of a run's entries again; return in how many some were there, and findings."""
+    from understudy.recipes.label import recomputation
+
+    compared: set[StoreKey] = set()
+    recompute = recomputation(run)
+
+    def counted(key: StoreKey, rows_N: Tensor) -> Tensor:
+        compared.add(key)
+        return recompute(key, rows_N)
+
+    # One without a manifest is not there, or its damage is known already.
+    there = [p.entry_id for p in plans if (store.root / p.entry_id / MANIFEST_NAME).is_file()]
+    findings = verify_store(store, recompute=counted, entry_ids=there, repair=repair)
+    return len(compared), findings
 
 
 def remove(
@@ -99,6 +135,14 @@ def remove(
                 "no condition says which teacher outputs may go",
                 expected="--older-than-days or --incomplete",
                 mend="Give one of them; with --dry-run nothing is removed yet.",
+            )
+        )
+    if older_than_days is not None and not 0 <= older_than_days < math.inf:
+        raise InputError(
+            problem(
+                f"--older-than-days {older_than_days:g} is no age",
+                expected="0 or more days",
+                mend="Give a number of days; 0 removes all that no process works on.",
             )
         )
     unused_for_s = None if older_than_days is None else older_than_days * SECONDS_PER_DAY

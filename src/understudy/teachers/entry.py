@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from understudy.artifacts import file_hash, write_bytes
 from understudy.errors import StoreError, problem
 from understudy.teachers.entry_files import (
     ARRAY_NAME,
+    LOCK_NAME,
     SEAL_NAME,
     clear_disk_errors,
     damaged,
@@ -220,12 +222,21 @@ class Entry:
             # Checksum, decompression and decoding each fail with classes of their own.
             raise damaged(path, f"it cannot be read: {error}") from error
 
+    def note_use(self) -> None:
+        """Note that the entry is in use, for ``store gc``; one that may only be read stays as is.
+
+        Checks read chunks without it: they keep nothing in use.
+        """
+        with contextlib.suppress(OSError):
+            (self.path / LOCK_NAME).touch()
+
     def load_words(self) -> Words:
         """Return all rows as stored, [num_rows, columns].
 
         Raises:
             StoreError: a chunk is missing or damaged.
         """
+        self.note_use()
         for chunk in self.missing_chunks():
             self.read_words(chunk)
         try:
@@ -239,6 +250,7 @@ class Entry:
         Raises:
             StoreError: a chunk is missing or damaged.
         """
+        self.note_use()
         rows = rows_N.numpy()
         chunks = rows // self.chunk_rows
         words = np.empty((len(rows), self.format.num_columns), dtype=self.format.word_dtype)

@@ -24,6 +24,7 @@ from understudy.teachers.packing import RowFormat, row_format
 MANIFEST_NAME = "entry.json"
 SEAL_NAME = "seal.json"
 ARRAY_NAME = "zarr.json"
+LOCK_NAME = ".lock"  # its time is that of the last use
 REPAIR = "Run `understudy store verify --repair`, then label again: only damaged chunks are redone."
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -131,7 +132,7 @@ def decoded_bytes(data: bytes, path: Path) -> dict[str, Any]:
 def locked(path: Path) -> Iterator[None]:
     """Hold the entry while it changes. The lock is the kernel's and dies with its process."""
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as file:
+    with (path / LOCK_NAME).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -142,7 +143,7 @@ def locked_if_free(path: Path) -> Iterator[bool]:
     with contextlib.ExitStack() as stack:
         is_free = True
         with contextlib.suppress(OSError):  # no lock was ever taken, or none can be
-            file = stack.enter_context((path / ".lock").open("r+"))
+            file = stack.enter_context((path / LOCK_NAME).open("r+"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

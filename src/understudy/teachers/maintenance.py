@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from understudy.teachers.entry_files import (
     restore_metadata,
 )
 from understudy.teachers.packing import FeatureFormat, OutputFormat
-from understudy.teachers.store import Entry, OutputStore, StoreKey
+from understudy.teachers.store import Entry, EntryPlan, OutputStore, StoreKey
 
 log = logging.getLogger("understudy")
 
@@ -109,6 +109,24 @@ def verify_store(
             rows_N = _row_sample(entry, num_rows=num_rows, seed=seed)
             found += _check_rows(entry, rows_N, recompute, tolerance=tolerance, repair=repair)
         findings += found
+    return findings
+
+
+def unlabelled(store: OutputStore, plans: Sequence[EntryPlan]) -> list[Finding]:
+    """Return what is not there, or not all of it, of what is to be stored; makes nothing.
+
+    Chunks that are gone from a sealed entry are damage, which ``verify_store`` finds.
+    """
+    findings = []
+    for plan in plans:
+        path = store.root / plan.entry_id
+        if not (path / SEAL_NAME).exists():
+            names = (f"c.{chunk}.0" for chunk in range(plan.num_chunks))
+            num_present = sum((path / name).exists() for name in names)
+            message = f"not labelled: {num_present} of {plan.num_chunks} chunks"
+            findings.append(
+                Finding(plan.entry_id, f"{plan.key.output} of view {plan.key.view}", message)
+            )
     return findings
 
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -40,10 +41,13 @@ __all__ = [
     "CHUNK_ROWS",
     "LOGITS",
     "Entry",
+    "EntryPlan",
     "OutputStore",
     "StoreKey",
     "entries_by_view",
+    "feature_plan",
     "indices_sha256",
+    "logits_plan",
 ]
 
 log = logging.getLogger("understudy")
@@ -55,6 +59,66 @@ CHUNK_ROWS = 1024
 
 # Chunks of large features have fewer rows, so that no reader or writer holds much at once.
 MAX_FEATURE_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class EntryPlan:
+    """What an entry is to hold: all that its address follows from. Making one touches no disk."""
+
+    key: StoreKey
+    layout: RowFormat
+    indices_sha256: str
+    num_rows: int
+    chunk_rows: int
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the entry's manifest says."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "key": self.key.fields(),
+            "sample_indices_sha256": self.indices_sha256,
+            "num_rows": self.num_rows,
+            "chunk_rows": self.chunk_rows,
+            "format": asdict(self.layout),
+        }
+
+    @property
+    def entry_id(self) -> str:
+        """The entry's address in its store."""
+        return entry_id_of(self.description)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the complete entry."""
+        return -(-self.num_rows // self.chunk_rows)
+
+
+def logits_plan(
+    key: StoreKey,
+    *,
+    sample_indices_N: Tensor,
+    num_classes: int,
+    top_k: int | None = None,
+    dtype: str = "float16",
+) -> EntryPlan:
+    """Return what ``OutputStore.entry`` makes of the same arguments."""
+    if key.output != LOGITS:
+        raise _wrong_output(key, "entry", f"'{LOGITS}'")
+    layout = OutputFormat(num_classes, top_k, dtype)
+    digest = indices_sha256(sample_indices_N)
+    return EntryPlan(key, layout, digest, len(sample_indices_N), CHUNK_ROWS)
+
+
+def feature_plan(
+    key: StoreKey, *, sample_indices_N: Tensor, row_shape: Sequence[int], dtype: str = "float16"
+) -> EntryPlan:
+    """Return what ``OutputStore.feature_entry`` makes of the same arguments."""
+    if key.output == LOGITS:
+        raise _wrong_output(key, "feature_entry", "the key of a tap")
+    layout = FeatureFormat(tuple(row_shape), dtype)
+    digest = indices_sha256(sample_indices_N)
+    return EntryPlan(key, layout, digest, len(sample_indices_N), _feature_chunk_rows(layout))
 
 
 class OutputStore:
@@ -85,10 +149,15 @@ class OutputStore:
             InputError: impossible top_k or dtype; a key of features; indices that do not ascend.
             StoreError: the entry cannot be written.
         """
-        if key.output != LOGITS:
-            raise _wrong_output(key, "entry", f"'{LOGITS}'")
-        layout = OutputFormat(num_classes, top_k, dtype)
-        return self._entry(key, sample_indices_N, layout, CHUNK_ROWS)
+        return self.make(
+            logits_plan(
+                key,
+                sample_indices_N=sample_indices_N,
+                num_classes=num_classes,
+                top_k=top_k,
+                dtype=dtype,
+            )
+        )
 
     def feature_entry(
         self,
@@ -110,23 +179,14 @@ class OutputStore:
             InputError: impossible shape or dtype; a key of logits; indices that do not ascend.
             StoreError: the entry cannot be written.
         """
-        if key.output == LOGITS:
-            raise _wrong_output(key, "feature_entry", "the key of a tap")
-        layout = FeatureFormat(tuple(row_shape), dtype)
-        return self._entry(key, sample_indices_N, layout, _feature_chunk_rows(layout))
+        return self.make(
+            feature_plan(key, sample_indices_N=sample_indices_N, row_shape=row_shape, dtype=dtype)
+        )
 
-    def _entry(
-        self, key: StoreKey, sample_indices_N: Tensor, layout: RowFormat, chunk_rows: int
-    ) -> Entry:
-        description = {
-            "format_version": FORMAT_VERSION,
-            "key": key.fields(),
-            "sample_indices_sha256": indices_sha256(sample_indices_N),
-            "num_rows": len(sample_indices_N),
-            "chunk_rows": chunk_rows,
-            "format": asdict(layout),
-        }
-        path = self.root / entry_id_of(description)
+    def make(self, plan: EntryPlan) -> Entry:
+        """Return the entry of a plan, made empty when there is none yet."""
+        description = plan.description
+        path = self.root / plan.entry_id
         if not (path / MANIFEST_NAME).exists():
             with clear_disk_errors(path), locked(path):
                 create_metadata(path, description)

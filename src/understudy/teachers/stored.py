@@ -132,6 +132,7 @@ def _decoded_bytes(entry: Entry) -> int:
 
 def _mapped(entry: Entry) -> Words:
     """Return all rows, mapped from a file without a name, which goes with this process."""
+    entry.note_use()
     shape = (entry.num_rows, entry.format.num_columns)
     with clear_disk_errors(entry.path), tempfile.TemporaryFile(dir=entry.path.parent) as file:
         # Written, not stored through the map: there a full disk would kill the process.
