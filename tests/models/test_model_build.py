@@ -125,6 +125,31 @@ def test_wrong_user_models_are_explained(
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("x = 1\ny = (\n", r"raised SyntaxError: '\(' was never closed \(.*own_net\.py, line 2\)"),
+        ("from math import nosuch\n", r"raised ImportError: cannot import name 'nosuch'.*line 1\)"),
+        ("\nimport nosuchmodule\n", r"No module named 'nosuchmodule' \(.*own_net\.py, line 2\)"),
+        (
+            "def fail():\n    return 1 / 0\n\nTABLE = fail()\n",
+            r"raised ZeroDivisionError: division by zero \(.*own_net\.py, line 4\)",
+        ),
+        ("import sys\nsys.exit(3)\n", r"raised SystemExit: 3 \(.*own_net\.py, line 2\)"),
+        ("x = '\0'\n", r"raised (SyntaxError|ValueError): source code"),
+    ],
+)
+def test_user_code_that_cannot_be_imported_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, found: str
+) -> None:
+    (tmp_path / "own_net.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(ModelError, match=found):
+        build_network("own_net:make", num_classes=5, image_shape=SHAPE)
+    assert "own_net" not in sys.modules
+
+
 @pytest.mark.parametrize("package", ["timm", "transformers"])
 def test_a_missing_extra_names_its_install_command(package: str) -> None:
     if importlib.util.find_spec(package):

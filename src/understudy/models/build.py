@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -19,6 +16,7 @@ from understudy.models.catalog import CATALOG, check_model
 from understudy.models.foreign import build_timm, build_transformers
 from understudy.models.inverted import InvertedResidualNet
 from understudy.models.mlp import MLP
+from understudy.models.own_code import own_callable
 from understudy.models.paper import PaperStudent, PaperTeacher
 from understudy.models.resnet import ResNet
 from understudy.models.separable import SeparableNet
@@ -107,31 +105,7 @@ def _build_catalog(
 def _build_user(
     name: str, num_classes: int, image_shape: ImageShape, arguments: dict[str, Any]
 ) -> nn.Module:
-    module_name, _, attribute = name.partition(":")
-    # A console script does not look there by itself. Last, so that nothing installed is hidden.
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ModelError(
-            problem(
-                f"model '{name}': {error}",
-                expected="a module that Python can import",
-                mend="Install its package, or run in the folder that it lies in.",
-            )
-        ) from error
-    make = getattr(module, attribute, None)
-    if not callable(make):
-        given = "has no" if make is None else "is not callable:"
-        found = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise ModelError(
-            problem(
-                f"model '{name}': module '{module_name}' {given} '{attribute}'",
-                expected=f"one of its callables, such as {', '.join(found[:5]) or '(it has none)'}",
-                mend="Name a function or class that returns a torch.nn.Module.",
-            )
-        )
+    make = own_callable(name)
     offered = {"num_classes": num_classes, "image_shape": image_shape}
     try:
         accepted = inspect.signature(make).parameters
