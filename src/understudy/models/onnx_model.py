@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
+from onnx import external_data_helper
 from torch import Tensor, nn
 
 from understudy.errors import ModelError, problem
@@ -180,3 +183,33 @@ def _logits_output(session: Any, num_classes: int, path: Path) -> str:
             mend="Choose a teacher of the same classes.",
         )
     )
+
+
+def external_files(path: Path) -> list[Path]:
+    """Return the files beside an ONNX file that hold weights of it, sorted; mostly none.
+
+    None of what cannot be read, which says why when it is opened.
+    """
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception:  # the parser raises kinds of its own
+        return []
+    names = {
+        entry.value
+        for tensor in _tensors(graph)
+        if external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return [path.parent / name for name in sorted(names)]
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Yield the stored tensors of a graph, of its constants and of the graphs in its nodes."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield attribute.t
+            yield from attribute.tensors
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)

@@ -10,6 +10,7 @@ from torch import nn
 from understudy.artifacts import Record, atomic_path, content_hash, file_hash
 from understudy.evaluate.accuracy import evaluate_logits, predict_logits
 from understudy.models.load import load_weights
+from understudy.models.onnx_model import external_files
 from understudy.progress import log
 from understudy.recipes.networks import WEIGHTS_NAME, build_model, is_onnx, trained_model
 from understudy.recipes.outputs import validation_accuracy
@@ -80,13 +81,23 @@ def load_teacher(run: Run, role: str) -> nn.Module:
 
 
 def weights_hash(run: Run, role: str) -> str:
-    """Return the hash of the weights file or folder, or of the name that a library looks up."""
+    """Return the hash of the weights file or folder, or of the name that a library looks up.
+
+    Of an ONNX file the weights that are stored beside it count.
+    """
     teacher = run.teachers[role]
     name = teacher.model.name.removeprefix("transformers:").removeprefix("timm:")
     path = teacher.checkpoint or Path(name)
     if path.is_dir():
         return content_hash([[p.name, file_hash(p)] for p in sorted(path.iterdir()) if p.is_file()])
-    return file_hash(path) if path.is_file() else content_hash(teacher.model.name)
+    if not path.is_file():
+        return content_hash(teacher.model.name)
+    # The same graph may come with other weights beside it.
+    beside = external_files(path) if is_onnx(teacher.model) else []
+    if not beside:
+        return file_hash(path)
+    hashes = [[file.name, file_hash(file)] for file in beside if file.is_file()]
+    return content_hash([file_hash(path), hashes])
 
 
 def check_accuracy(run: Run, role: str, model: nn.Module) -> float:
