@@ -17,7 +17,7 @@ from understudy.data.splits import spread
 from understudy.evaluate.budget import Budget
 from understudy.export.target import ExportSource, Precision
 from understudy.models.reshape import apply_channel_shapes
-from understudy.recipes.networks import WEIGHTS_NAME, build_model
+from understudy.recipes.networks import build_model, load_stored
 from understudy.recipes.run import Run
 
 KIND = "compression"
@@ -63,7 +63,7 @@ class Network:
 def load_network(run: Run, network: Network) -> nn.Module:
     """Return the float network of a state, in evaluation mode."""
     model = shaped_model(run, network)
-    model.load_state_dict(load_file(run.folder / network.weights / WEIGHTS_NAME))
+    load_stored(run, model, network.weights, name=run.recipe.student.model.name)
     return model.eval()
 
 

@@ -17,7 +17,7 @@ from understudy.evaluate.accuracy import evaluate_logits, predict_logits
 from understudy.models.cost import model_cost
 from understudy.progress import shown_progress
 from understudy.recipes.members import as_teacher, is_ensemble
-from understudy.recipes.networks import trained_model
+from understudy.recipes.networks import code_section, trained_model
 from understudy.recipes.run import Run
 
 LOGITS_NAME = "logits.safetensors"
@@ -33,7 +33,7 @@ def evaluate(run: Run) -> Record:
     records = {
         role: run.parent(role, "teach" if role in taught_first else "train") for role in networks
     }
-    section = run.recipe.section("teacher", "student", "strategy")
+    section = run.recipe.section("teacher", "student", "strategy") | code_section(run, networks)
     parents = {role: record.hash for role, record in records.items()}
     stage = run.begin("evaluation", section=section, parents=parents)
     if stage.record is not None:

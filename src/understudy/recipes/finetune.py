@@ -9,14 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
 from understudy.artifacts import Record
 from understudy.recipes.exit_training import weight_files, with_exits
 from understudy.recipes.given_student import load_student
 from understudy.recipes.label_weights import labels_section
-from understudy.recipes.networks import WEIGHTS_NAME, build_model
+from understudy.recipes.networks import build_model, load_stored
 from understudy.recipes.run import Run
 from understudy.recipes.train import (
     COMMON_SECTIONS,
@@ -92,7 +91,7 @@ def finetuning(run: Run, role: str, folder: Path) -> tuple[nn.Module, TrainPlan]
     settings = run.recipe.finetuning
     assert settings is not None, "there is fine-tuning"
     model = build_model(run, role)
-    model.load_state_dict(load_file(run.folder / untuned(role) / WEIGHTS_NAME))
+    load_stored(run, model, untuned(role), name=run.recipe.student.model.name)
     feed = Feed(
         source=run.source,
         views=run.views,

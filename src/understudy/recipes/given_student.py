@@ -9,7 +9,7 @@ from understudy.models.build import NormalizedModel
 from understudy.models.load import load_weights
 from understudy.progress import log
 from understudy.recipes.exit_training import save_weights, weight_files
-from understudy.recipes.networks import build_model
+from understudy.recipes.networks import build_model, code_section
 from understudy.recipes.outputs import mean_confidence
 from understudy.recipes.run import Run
 from understudy.recipes.train import training_parents, validation_metrics
@@ -20,7 +20,8 @@ def load_student(run: Run, checkpoint: Path) -> Record:
     parents = {record.kind: record.hash for record in training_parents(run, "student")}
     # Where the file lies does not matter, what is in it does.
     parents["weights"] = file_hash(checkpoint)
-    stage = run.begin("student", section=run.recipe.section("seed", "student"), parents=parents)
+    section = run.recipe.section("seed", "student") | code_section(run, ["student"])
+    stage = run.begin("student", section=section, parents=parents)
     if stage.record is not None:
         return stage.record
     model = given_weights(run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from understudy.artifacts import Record
+from understudy.artifacts import Record, content_hash, file_hash
+from understudy.errors import ModelError, problem
 from understudy.models.build import NormalizedModel, build_network
+from understudy.models.catalog import PREFIXES
 from understudy.models.foreign import stated_normalization
 from understudy.models.load import class_order
 from understudy.models.onnx_model import OnnxModel
+from understudy.models.own_code import code_hash
 from understudy.recipes.run import Run
 from understudy.recipes.sections import ModelSection, Normalization
 from understudy.runtime import derive_seed
@@ -99,13 +104,67 @@ def normalization_of(run: Run, role: str) -> Normalization:
 
 
 def trained_model(run: Run, role: str, record: Record) -> NormalizedModel:
-    """Return teacher, student or control with the weights of its record, in eval mode."""
+    """Return teacher, student or control with the weights of its record, in eval mode.
+
+    Raises:
+        ModelError: the network is another one by now, and the weights do not fit it.
+    """
     model = build_model(run, role)
     if not is_onnx(model_section(run, role)):
-        model.load_state_dict(load_file(run.folder / record.kind / WEIGHTS_NAME))
+        load_stored(run, model, record.kind, name=model_section(run, role).name)
     return model.eval()
+
+
+def load_stored(run: Run, model: nn.Module, kind: str, *, name: str) -> None:
+    """Load the weights in the folder of a stage into the network that they were trained in.
+
+    Args:
+        name: the model's, for the error.
+
+    Raises:
+        ModelError: the network is another one by now.
+    """
+    path = run.folder / kind / WEIGHTS_NAME
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:  # of missing, unexpected or misshapen tensors
+        whole = run.folder.parents[1] if run.step else run.folder
+        found = textwrap.shorten(" ".join(str(error).splitlines()[1:]), 300, placeholder=" ...")
+        raise ModelError(
+            problem(
+                f"{path} does not fit the model '{name}' as it is built now: {found}",
+                expected="the network that these weights were trained in",
+                mend=f"Run `understudy distill {whole}`, which makes it anew, or take back what "
+                "was changed of the model.",
+            )
+        ) from error
 
 
 def is_onnx(section: ModelSection) -> bool:
     """Return whether the network is a black box in an ONNX file."""
     return section.name.endswith(".onnx")
+
+
+# What decides a network besides the recipe and its weights
+
+
+def code_section(run: Run, roles: Iterable[str]) -> dict[str, Any]:
+    """Return what a key says of the user's own code in the networks of these roles.
+
+    Nothing where they are of other kinds. Every stage that builds networks anew has it in its key:
+    those of trainings and loaded weights, and the evaluation. The others have those as parents.
+    """
+    hashes = {role: code_hash(model_section(run, role).name) for role in roles}
+    found = {role: value for role, value in hashes.items() if value is not None}
+    return {"code": found} if found else {}
+
+
+def model_folder(section: ModelSection) -> Path | None:
+    """Return the folder that timm or transformers makes a network from; None: there is none."""
+    library, _, target = section.name.partition(":")
+    return Path(target) if library in PREFIXES and Path(target).is_dir() else None
+
+
+def settings_hash(folder: Path) -> str:
+    """Return the hash of a model folder's settings, such as its input size, without its weights."""
+    return content_hash([[path.name, file_hash(path)] for path in sorted(folder.glob("*.json"))])

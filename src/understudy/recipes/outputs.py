@@ -11,8 +11,15 @@ from understudy.artifacts import Record, content_hash, file_hash
 from understudy.data.batches import Batch
 from understudy.data.splits import spread
 from understudy.errors import StoreError, problem
+from understudy.models.own_code import code_hash
 from understudy.models.taps import Tap, kind_shape, tap_shapes
-from understudy.recipes.networks import WEIGHTS_NAME, trained_model
+from understudy.recipes.networks import (
+    WEIGHTS_NAME,
+    conversions,
+    model_folder,
+    settings_hash,
+    trained_model,
+)
 from understudy.recipes.run import Run
 from understudy.recipes.strategies import Ensemble
 from understudy.teachers.ensemble import EnsembleTeacher
@@ -196,7 +203,15 @@ def teacher_identity(run: Run, role: str, record: Record) -> str:
         mode="json", include={"model", "color_order", "class_names"}
     )
     weights = record.files.get(WEIGHTS_NAME) or record.parents["weights"]
-    return content_hash([section, weights, list(run.source.class_names)])
+    known: list[Any] = [section, weights, list(run.source.class_names)]
+    model = run.teachers[role].model
+    # More where more decides, so that what was stored of all others stays in use. Roles are left
+    # out: the same teacher may have another one elsewhere.
+    if (code := code_hash(model.name)) is not None:
+        known.append({"code": code})
+    if (folder := model_folder(model)) is not None:
+        known.append({"settings": settings_hash(folder), "conversions": conversions(run, role)})
+    return content_hash(known)
 
 
 def mean_confidence(run: Run) -> float:

@@ -19,7 +19,7 @@ from understudy.evaluate.latency import measure_latency
 from understudy.export.onnx_file import export_onnx
 from understudy.models.cost import model_cost
 from understudy.recipes.finetune import PHASE
-from understudy.recipes.networks import trained_model
+from understudy.recipes.networks import code_section, trained_model
 from understudy.recipes.peers import first_weights
 from understudy.recipes.rank_probe import finished_teacher
 from understudy.recipes.run import Run
@@ -84,6 +84,9 @@ def known_ingredients(base: Run) -> dict[str, str]:
             found[f"device of the training of the {role}"] = content_hash(section)
     for weights in first_weights(base).values():  # of one that is trained with the student
         found["weights file of the teacher"] = weights
+    given = [role for role, teacher in base.teachers.items() if teacher.training is None]
+    for role, code in code_section(base, ["student", *given]).get("code", {}).items():
+        found[f"code of the network of the {role}"] = code
     return found
 
 

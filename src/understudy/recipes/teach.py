@@ -12,7 +12,15 @@ from understudy.evaluate.accuracy import evaluate_logits, predict_logits
 from understudy.models.load import load_weights
 from understudy.models.onnx_model import external_files
 from understudy.progress import log
-from understudy.recipes.networks import WEIGHTS_NAME, build_model, is_onnx, trained_model
+from understudy.recipes.networks import (
+    WEIGHTS_NAME,
+    build_model,
+    code_section,
+    is_onnx,
+    model_folder,
+    settings_hash,
+    trained_model,
+)
 from understudy.recipes.outputs import validation_accuracy
 from understudy.recipes.peers import require_teacher
 from understudy.recipes.run import Run
@@ -51,7 +59,11 @@ def teach_one(run: Run, role: str, *, known_accuracy: float | None = None) -> Re
         return record
     # Where the file lies does not matter, what is in it does.
     section = {"teacher": run.teachers[role].model_dump(mode="json", exclude={"checkpoint"})}
+    section |= code_section(run, [role])
     parents = {"split": split.hash, "weights": weights_hash(run, role)}
+    folder = model_folder(run.teachers[role].model)
+    if folder is not None and run.teachers[role].checkpoint is not None:
+        parents["settings"] = settings_hash(folder)  # which the weights' hash has otherwise
     stage = run.begin(role, section=section, parents=parents)
     if stage.record is not None:
         return stage.record

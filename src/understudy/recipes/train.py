@@ -21,9 +21,10 @@ from understudy.recipes.exit_training import (
 )
 from understudy.recipes.label import teacher_source
 from understudy.recipes.label_weights import labels_section
-from understudy.recipes.networks import build_model
+from understudy.recipes.networks import build_model, code_section
 from understudy.recipes.outputs import mean_confidence
 from understudy.recipes.peers import (
+    AVERAGE,
     beside_facts,
     file_of,
     first_weights,
@@ -130,7 +131,9 @@ def role_section(run: Run, role: str) -> dict[str, Any]:
         section |= training_section(run) | run.live_section
     if role in run.teachers:
         section["teacher"] = run.teachers[role].model_dump(mode="json")
-    return section | labels_section(run, settings_of(run, role), labels_alone=role != "student")
+    section |= labels_section(run, settings_of(run, role), labels_alone=role != "student")
+    beside = [r for r in roles_beside(run) if r != AVERAGE] if role == "student" else []
+    return section | code_section(run, [role, *beside])
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:

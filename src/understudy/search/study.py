@@ -112,7 +112,7 @@ def check_bound(study: optuna.Study, made_from: Mapping[str, str]) -> None:
         raise InputError(
             problem(
                 f"'{study.study_name}' is a search with another {' and another '.join(changed)}",
-                expected="the same pictures and teacher weights, as its trials are compared",
+                expected="the same pictures, teacher weights and code, as its trials are compared",
                 mend="Give what was given before, or another --out.",
             )
         )
