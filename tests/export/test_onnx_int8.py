@@ -179,12 +179,15 @@ def test_eight_bits_of_depthwise_weights_overflow_nowhere(tmp_path, monkeypatch)
         if depthwise is not None:
             monkeypatch.setattr(onnx_quantize, "_depthwise_weights", depthwise)
         proto = static_int8_proto(model, images, image_shape=SHAPE)
-        session = onnxruntime.InferenceSession(proto.SerializeToString())
+        # Each operator by itself, in float: processors without VNNI overflow here as well.
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
         (wanted,) = session.run(None, {"images": pixels})
         error = np.abs(asked_without_vnni(proto, pixels, tmp_path) - wanted).max()
         differences.append(error / np.abs(wanted).max())
     assert differences[0] < 1e-5
-    assert differences[1] > 1e-3
+    assert differences[1] > 1e-3, differences
 
 
 @pytest.mark.parametrize(
