@@ -87,6 +87,7 @@ class PaperTeacher(nn.Module):
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """Return logits_NK for normalised float images_NCHW."""
+        # Layer by layer, so that kernels can do two of them in one pass over memory.
         first, *added = self.features
         features_NCHW = first(images_NCHW)
         for convolution, activation, norm, dropout in zip(*[iter(added)] * 4, strict=True):
